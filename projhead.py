@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: MIT
+"""The heads of self-supervised learning: what they are, and what is optimized through them.
+
+    x1, x2  two views of an image        (N, 3, H, W)
+    h = f(x)   encoder                   (N, D)    kept after training; its parameters are theta
+    z = g(h)   projection head           (N, d)    discarded; the parameters of g and q are phi
+    p = q(z)   prediction head           (N, d)    discarded; without one the loss is contrastive
+
+    none, linear, mlp         SimCLR (2002.05709)               the heads that the others are read against
+    fit_head -> parametric    Gupta et al. 2022 (2212.11491)    the head as a part of the objective: phi is fitted first
+    sparsity -> sparse        Song et al. 2023 (2307.08913)     a penalty that prunes the head's input features
+    OffDiagonal -> offdiag    Wen & Li 2022 (2205.06226)        starts as the identity, only off-diagonal entries train
+    MLPPredictor -> mlp       SimSiam (2011.10566), BYOL (2006.07733)
+
+Each docstring says where it comes from: [paper] the paper states it, [code] a constant or formula of released
+code, [reading] our choice where the paper is not known to us to say. Nothing here reads a file or knows a data set.
+"""
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+
+# ---------------------------------------------------------------------------- encoders: x -> h
+
+class ConvNet(nn.Sequential):
+    """A small encoder that trains in minutes on a CPU: (N, 3, H, W) -> (N, 128). [reading]
+
+    Each stage is convolution, pooling, BatchNorm, ReLU; pooling before BatchNorm leaves a quarter of the work.
+    """
+    dim = 128
+
+    def __init__(self, widths=(16, 32, 64, 128)):
+        layers, width = [], 3
+        for i, w in enumerate(widths):
+            layers += [nn.Conv2d(width, w, 3, padding=1, bias=False)]
+            layers += [nn.MaxPool2d(2)] if i < len(widths) - 1 else []
+            layers += [nn.BatchNorm2d(w), nn.ReLU(inplace=True)]
+            width = w
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def encoder(arch: str = "resnet18", image_size: int = 32) -> nn.Module:
+    """The encoder f: (N, 3, image_size, image_size) -> (N, encoder.dim), without a classifier.
+
+    resnet18, resnet34 and resnet50 are torchvision's, with torchvision's parameter names. Up to 64 px the stem is
+    SimCLR's for CIFAR (appendix B.9): a 3x3 convolution of stride 1 and no max-pool. Raises ValueError for another arch.
+    """
+    if arch == "convnet":
+        return ConvNet()
+    if arch not in ("resnet18", "resnet34", "resnet50"):
+        raise ValueError(f"unknown encoder {arch!r}: choose from convnet, resnet18, resnet34, resnet50")
+    f = getattr(torchvision.models, arch)(weights=None)
+    if image_size <= 64:
+        f.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+        f.maxpool = nn.Identity()
+    f.dim = f.fc.in_features
+    f.fc = nn.Identity()
+    return f
+
+
+# ---------------------------------------------------------------------------- projection heads: h -> z
+
+class NoHead(nn.Sequential):
+    """z = h: (N, D) -> (N, D). The loss sits on the representation itself."""
+
+    def __init__(self, D: int):
+        super().__init__()
+
+
+class LinearHead(nn.Sequential):
+    """z = W h: (N, D) -> (N, d). SimCLR's linear head [paper]; no bias [reading]."""
+
+    def __init__(self, D: int, d: int = 128):
+        super().__init__(nn.Linear(D, d, bias=False))
+
+
+class MLP(nn.Sequential):
+    """z = W2 relu(W1 h): (N, D) -> (N, d). SimCLR's head with one hidden layer [paper]; widths 1024, 128 [reading]."""
+
+    def __init__(self, D: int, d: int = 128, hidden: int = 1024):
+        super().__init__(
+            nn.Linear(D, hidden),   # N x hidden
+            nn.ReLU(),
+            nn.Linear(hidden, d),   # N x d
+        )
+
+
+# ---------------------------------------------------------------------------- prediction heads: z -> p
+
+class OffDiagonal(nn.Module):
+    """p = z + z (A * (1 - I))^T: (N, d) -> (N, d), Wen & Li 2022. [paper]
+
+    A linear prediction head that starts as the identity (A = 0) and trains only its off-diagonal entries. The
+    diagonal is 1 by construction, whatever the optimizer does to A. Train A without weight decay, since decay
+    would itself bring the head back to the identity [reading].
+    """
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.A = nn.Parameter(torch.zeros(d, d))
+        self.register_buffer("mask", 1 - torch.eye(d), persistent=False)
+
+    @property
+    def E(self) -> Tensor:
+        """The off-diagonal part of the head, (d, d) with a zero diagonal; row j is how neuron j borrows from others."""
+        return self.A * self.mask
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + z @ self.E.T
+
+
+class LinearPredictor(nn.Linear):
+    """p = W z: (N, d) -> (N, d), all entries trainable, from the usual random start. [reading]"""
+
+    def __init__(self, d: int):
+        super().__init__(d, d, bias=False)
+
+
+class MLPPredictor(nn.Sequential):
+    """p = W2 relu(BN(W1 z)): (N, d) -> (N, d), the predictor of SimSiam and BYOL; hidden width d/4 [reading]."""
+
+    def __init__(self, d: int):
+        super().__init__(
+            nn.Linear(d, max(1, d // 4), bias=False),   # N x d/4
+            nn.BatchNorm1d(max(1, d // 4)),
+            nn.ReLU(),
+            nn.Linear(max(1, d // 4), d),               # N x d
+        )
+
+
+# ---------------------------------------------------------------------------- losses
+
+def _at_least_float32(z: Tensor) -> Tensor:
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.5) -> Tensor:
+    """InfoNCE as in SimCLR: -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) ), s cosine, mean over 2N anchors. [paper]
+
+    z1, z2: (N, d), row i of both from the same image; normalized here. Each anchor has 2N - 1 candidates: the pair
+    (i, i) is masked out, not subtracted. Call it outside autocast. Under torch.distributed each rank computes its own
+    rows against the gathered batch, and the gradient flows through the gather: averaged over ranks (as
+    DistributedDataParallel does) it is the gradient of the loss of the whole batch.
+    """
+    N = len(z1)
+    z = F.normalize(_at_least_float32(torch.cat([z1, z2])), dim=1)   # 2N x d
+    rank, everything = 0, z
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        rank, everything = dist.get_rank(), torch.cat(dist.nn.functional.all_gather(z))
+    logits = z @ everything.T / tau                                  # 2N x 2N (times the number of ranks)
+    own = torch.arange(2 * N, device=z.device)
+    logits = logits.index_put((own, own + rank * 2 * N), logits.new_tensor(-torch.inf))
+    return F.cross_entropy(logits, own.roll(N) + rank * 2 * N)       # anchor i's positive: the other view of its image
+
+
+def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
+    """-cos(p, stopgrad(z)), mean over the batch; p, z (N, d); in [-1, 1]. SimSiam, and BYOL up to constants. [paper]"""
+    return -F.cosine_similarity(_at_least_float32(p), _at_least_float32(z.detach()), dim=1).mean()
+
+
+def bn_mse(p: Tensor, z: Tensor) -> Tensor:
+    """||BN(p) - stopgrad BN(z)||^2 / d, mean over the batch: Wen & Li's output normalization. [paper]
+
+    p, z: (N, d). BN is BatchNorm over the N rows, without affine parameters or running statistics. The 1/d is
+    ours [reading]: it makes the value 2 - 2 * (mean correlation), the scale of a cosine loss, whatever d is.
+    """
+    def bn(a):
+        return F.batch_norm(_at_least_float32(a), None, None, training=True)
+    return F.mse_loss(bn(p), bn(z.detach()))
+
+
+# ---------------------------------------------------------------------------- what else is optimized, and how
+
+def sparsity(head: nn.Module, norm: str = "l21", layer: int = 0) -> Tensor:
+    """The penalty R(W) of Song et al. 2023, to be added to any loss as lambda * R; W (out, in) is a Linear of the head.
+
+    The paper adds a term that constrains the head's sparsity [paper]. Which norm and which layer are a [reading]:
+    "l21"        sum_i ||W_:,i|| / ||W||_F    selects input features: between 1 and sqrt(in)
+    "l21-out"    sum_j ||W_j,:|| / ||W||_F    selects output units
+    "l1"         sum_ij |W_ij|   / ||W||_F    selects single weights
+    "l21-plain"  sum_i ||W_:,i||              not scale-free: where a normalization follows, it only shrinks W
+    Raises ValueError for another norm, or where the head has no such Linear.
+    """
+    W = linear_weight(head, layer)
+    if norm == "l21":
+        return W.norm(dim=0).sum() / W.norm()
+    if norm == "l21-out":
+        return W.norm(dim=1).sum() / W.norm()
+    if norm == "l1":
+        return W.abs().sum() / W.norm()
+    if norm == "l21-plain":
+        return W.norm(dim=0).sum()
+    raise ValueError(f"unknown norm {norm!r}: choose from l21, l21-out, l1, l21-plain")
+
+
+def linear_weight(head: nn.Module, layer: int = 0) -> Tensor:
+    """The weight (out, in) of the head's Linear number `layer`, from 0; raises ValueError where there is none."""
+    weights = [m.weight for m in head.modules() if isinstance(m, nn.Linear)]
+    if not 0 <= layer < len(weights):
+        raise ValueError(f"the head has no Linear layer {layer}: it has {len(weights)}")
+    return weights[layer]
+
+
+def share_pruned(head: nn.Module, layer: int = 0) -> float:
+    """The share of input features of that Linear whose column norm is below 1e-3 of the largest; in [0, 1]."""
+    columns = linear_weight(head, layer).detach().norm(dim=0)
+    return (columns < 1e-3 * columns.max()).float().mean().item()
+
+
+def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int) -> float:
+    """The head as a parametric component of the objective, Gupta et al. 2022: `steps` inner steps on phi. Last loss.
+
+    Once the encoder has run, loss_fn() computes the loss from detached h, and optimizer holds phi alone; so the
+    encoder, its buffers included, stays as it is. The encoder step that follows uses phi held fixed.
+    The paper formulates the head as a component of InfoNCE and derives another optimization from it [paper]; ours
+    is bilevel [reading]: V(theta) = min over phi of L(theta, phi), by warm-started gradient steps on the same batch.
+    Both levels minimize the same L, so dV/dtheta = dL/dtheta at the minimizing phi (the envelope theorem): no
+    implicit differentiation is owed. Raises ValueError for steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_fn()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+# ---------------------------------------------------------------------------- measures
+
+def effective_rank(h: Tensor) -> float:
+    """exp(entropy of the normalized singular values) of h (M, D), as RankMe (2210.02885) [paper]; between 1 and D."""
+    s = torch.linalg.svdvals(h.double())
+    s = s / s.sum()
+    return torch.special.entr(s).sum().exp().item()
+
+
+def alignment(z1: Tensor, z2: Tensor) -> float:
+    """Mean squared distance of positive pairs on the unit sphere, Wang & Isola (2005.10242) [paper]; (M, d) each; 0 to 4."""
+    return (F.normalize(z1, dim=1) - F.normalize(z2, dim=1)).square().sum(dim=1).mean().item()
+
+
+def uniformity(z: Tensor) -> float:
+    """log mean exp(-2 ||z_i - z_j||^2) over pairs on the unit sphere, Wang & Isola [paper]; z (M, d); 0 is collapsed."""
+    z = F.normalize(z, dim=1)
+    M = len(z)
+    total = sum((-4 + 4 * rows @ z.T).double().exp().sum() for rows in z.split(1024))   # ||a - b||^2 = 2 - 2 a.b
+    return ((total - M) / (M * (M - 1))).log().item()                                   # without the pairs (i, i)
+
+
+HEADS: dict[str, type] = {
+    "none": NoHead,
+    "linear": LinearHead,
+    "mlp": MLP,
+    "parametric": MLP,   # fitted by fit_head: another optimization of the same network
+    "sparse": MLP,       # plus lambda * sparsity
+}
+PREDICTORS: dict[str, type] = {
+    "identity": nn.Identity,   # no prediction head: the control that collapses
+    "offdiag": OffDiagonal,
+    "linear": LinearPredictor,
+    "mlp": MLPPredictor,
+}

@@ -1,0 +1,582 @@
+# SPDX-License-Identifier: MIT
+"""Train an encoder through a head, without labels: augment, encode, project, predict, loss, step.
+
+    python train.py                                          # the demonstration: drawn shapes, a small encoder, a CPU
+    python train.py --head parametric --dataset cifar10      # ResNet-18 on CIFAR-10: wants a GPU
+    python train.py --dataset cifar10 --encoder convnet --limit 10000 --epochs 10 --head sparse      # minutes on a CPU
+    python train.py --dataset cifar10 --predictor offdiag    # Wen & Li's prediction head, a non-contrastive loss
+    python train.py --dataset cifar10 --predictor mlp --target ema     # BYOL; --target stopgrad is SimSiam
+
+A run is a folder, runs/NAME: checkpoint.pt and metrics.jsonl, whose keys README.md explains. The same command
+continues an interrupted run. Then: python eval.py.
+"""
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import random
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import projhead
+from projhead import HEADS, PREDICTORS
+
+SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "folder": 64}
+ENCODERS = ["convnet", "resnet18", "resnet34", "resnet50"]
+
+
+class UserError(Exception):
+    """Something the user can mend; shown as one line on stderr, exit code 2."""
+
+
+# ---------------------------------------------------------------------------- arguments
+
+def recommended(args) -> dict:
+    """What a flag is when it is not given: the recommended run for this data set, encoder, head and prediction head."""
+    shapes, small, paired = args.dataset == "shapes", args.encoder == "convnet", args.predictor != "none"
+    return dict(
+        loss={"none": "infonce", "identity": "bn", "offdiag": "bn"}.get(args.predictor, "cosine"),
+        target="stopgrad" if paired else None,
+        ema=0.99 if args.target == "ema" else None,
+        tau=0.5 if args.loss == "infonce" else None,
+        inner_steps=1 if args.head == "parametric" else 0,
+        head_lr=None if args.head == "none" else 1.0,
+        predictor_lr={"none": None, "identity": None, "offdiag": 10.0}.get(args.predictor, 1.0),
+        projector_bn="yes" if paired else "no",
+        sparsity=0.5 if args.head == "sparse" else 0.0,
+        sparsity_norm="l21" if args.sparsity else None,
+        sparsity_layer=0 if args.sparsity else None,
+        dim=None if args.head == "none" else 128,
+        hidden=None if args.head in ("none", "linear") else 1024,
+        image_size=SIZES[args.dataset],
+        epochs=(10 if shapes else 20) if small else 100,
+        batch_size=256 if small else 512,
+        lr=0.06,
+        momentum=0.9,
+        weight_decay=5e-4,
+        warmup=0.05,
+        crop_scale=0.5 if shapes else 0.2,
+        hue=0.5 if shapes else 0.1,
+        grayscale=0.1,
+    )
+
+
+def number(kind, low, high=math.inf):
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high) or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """The arguments, each flag that was not given filled in from recommended(). Raises UserError where they clash."""
+    p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    many, share = number(int, 1), number(float, 0, 1)
+    p.add_argument("--head", choices=HEADS, default="parametric", help="projection head (default: parametric)")
+    p.add_argument("--predictor", choices=["none", *PREDICTORS], default="none", help="prediction head; none: contrastive")
+    p.add_argument("--loss", choices=["infonce", "cosine", "bn"], help="default: infonce; with a predictor bn or cosine")
+    p.add_argument("--target", choices=["stopgrad", "ema"], help="what a prediction is compared with (SimSiam or BYOL)")
+    p.add_argument("--ema", type=share, help="where the moving average's momentum starts; it ends at 1 (default: 0.99)")
+    p.add_argument("--tau", type=number(float, 1e-3), help="temperature of infonce (default: 0.5)")
+    p.add_argument("--inner-steps", type=number(int, 0), metavar="K", help="steps on the head before each encoder step; 0: joint")
+    p.add_argument("--head-lr", type=number(float, 0), help="head's rate as a multiple of the encoder's; 0: a frozen random head")
+    p.add_argument("--predictor-lr", type=number(float, 0), help="likewise for the prediction head")
+    p.add_argument("--projector-bn", choices=["yes", "no"], help="end g in BatchNorm without affine (default: with a predictor)")
+    p.add_argument("--sparsity", type=number(float, 0), metavar="LAMBDA", help="weight of the sparsity penalty; 0: off")
+    p.add_argument("--sparsity-norm", choices=["l21", "l21-out", "l1", "l21-plain"], help="see projhead.sparsity")
+    p.add_argument("--sparsity-layer", type=number(int, 0), help="which Linear of the head (default: 0, the first)")
+    p.add_argument("--dim", type=many, help="width of z (default: 128)")
+    p.add_argument("--hidden", type=many, help="hidden width of the head (default: 1024)")
+    p.add_argument("--dataset", choices=SIZES, default="shapes", help="shapes is drawn here; cifar10, cifar100, stl10 download")
+    p.add_argument("--data", default="data", metavar="DIR", help="where the data set lies (default: data)")
+    p.add_argument("--limit", type=number(int, 2), metavar="N", help="only the first N training images")
+    p.add_argument("--image-size", type=number(int, 8, 512), help="for folder: images are resized to this (default: 64)")
+    p.add_argument("--encoder", choices=ENCODERS, help="default: convnet for shapes, else resnet18")
+    p.add_argument("--epochs", type=many)
+    p.add_argument("--batch-size", type=number(int, 2), help="images per step; each gives two views")
+    p.add_argument("--lr", type=number(float, 0), help="peak rate for 256 images a step; scaled with the batch size")
+    p.add_argument("--momentum", type=number(float, 0, 0.9999))
+    p.add_argument("--weight-decay", type=number(float, 0))
+    p.add_argument("--warmup", type=share, help="share of the steps in which the rate rises")
+    p.add_argument("--crop-scale", type=number(float, 0.01, 1), help="smallest area of a crop")
+    p.add_argument("--hue", type=number(float, 0, 0.5), help="largest shift of the hue, in turns")
+    p.add_argument("--grayscale", type=share, help="probability of a gray view")
+    p.add_argument("--seed", type=number(int, 0, 10**6), default=0)
+    p.add_argument("--device", help="default: cuda where there is one, else cpu")
+    p.add_argument("--compile", action="store_true", help="torch.compile the encoder: slower start, faster steps")
+    p.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/NAME, made of the flags)")
+    args = p.parse_args(argv)
+
+    given = {flag for flag, value in vars(args).items() if value is not None}
+    args.encoder = args.encoder or ("convnet" if args.dataset == "shapes" else "resnet18")
+    changed = []
+    for flag, value in recommended(args).items():       # in order: some defaults follow from those before them
+        value = recommended(args)[flag]
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+        elif getattr(args, flag) != value:
+            changed += [flag]
+
+    def clash(when, flag, why):
+        if when and flag in given:
+            raise UserError(f"--{flag.replace('_', '-')}: {why}")
+    alone, frozen = args.predictor == "none", not args.head_lr and not args.predictor_lr
+    clash(alone and args.loss != "infonce", "loss", f"{args.loss} needs a prediction head: --predictor identity is none")
+    clash(alone, "target", "only a prediction is compared with a target: add --predictor mlp")
+    clash(args.target != "ema", "ema", "needs --target ema")
+    clash(args.loss != "infonce", "tau", f"the loss {args.loss} has no temperature")
+    clash(args.head == "none", "head_lr", "there is no projection head to train: --head none")
+    clash(args.predictor_lr is None or args.predictor in ("none", "identity"), "predictor_lr", "this prediction head has no weights")
+    clash(args.inner_steps and frozen, "inner_steps", "there is no trainable head to fit")
+    clash(args.inner_steps and frozen, "head_lr", "a frozen head cannot be fitted: add --inner-steps 0, or use --head mlp")
+    clash(args.head == "none", "dim", "--head none has the encoder's width")
+    clash(args.hidden is None or args.head in ("none", "linear"), "hidden", f"--head {args.head} has no hidden layer")
+    clash(args.sparsity and args.head == "none", "sparsity", "--head none has no weights to make sparse")
+    clash(args.sparsity and not args.head_lr, "sparsity", "a frozen head cannot become sparse")
+    clash(not args.sparsity, "sparsity_norm", "needs --sparsity LAMBDA or --head sparse")
+    clash(not args.sparsity, "sparsity_layer", "needs --sparsity LAMBDA or --head sparse")
+    clash(args.dataset != "folder", "image_size", f"{args.dataset} has images of {SIZES[args.dataset]} px")
+    if args.head == "sparse" and not args.head_lr:
+        raise UserError("--head-lr: a frozen head cannot become sparse")
+    name = [args.dataset, args.encoder, args.head] + ([args.predictor] if args.predictor != "none" else [])
+    name += [f"{flag}{getattr(args, flag)}".replace("_", "-") for flag in ["limit"] * bool(args.limit) + changed]
+    args.out = args.out or os.path.join("runs", "-".join([*name, f"seed{args.seed}"]))
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return args
+
+
+# ---------------------------------------------------------------------------- data
+
+def load_dataset(name: str, root="data", train: bool = True, size: int = 64) -> tuple[Tensor, Tensor]:
+    """Images uint8 (M, 3, S, S) and labels int64 (M,), -1 where unknown; shapes has (M, 2): shape and hue.
+
+    cifar10, cifar100 and stl10 (whose training part includes the unlabelled images) are downloaded to root when
+    absent. folder is root/train and root/test, or, without these, root with each fifth image for testing; its images
+    are resized to size and cropped to a square; subfolders, if any, are classes. Raises UserError.
+    """
+    if name == "shapes":
+        return draw_shapes(20_000, seed=1) if train else draw_shapes(4_000, seed=2)
+    if name == "folder":
+        return load_folder(Path(root), train, size)
+    make, folder = {"cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py"),
+                    "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python"),
+                    "stl10": (torchvision.datasets.STL10, "stl10_binary")}[name]
+    part = dict(split="train+unlabeled" if train else "test") if name == "stl10" else dict(train=train)
+    there = (Path(root) / folder).exists()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            data = make(root, download=not there, **part)
+    except Exception as e:      # torchvision raises many kinds here: RuntimeError, URLError, EOFError, UnpicklingError ...
+        why = f"{type(e).__name__}: {e}".split("\n")[0]
+        if there:
+            raise UserError(f"{Path(root) / folder} is incomplete or corrupt ({why}); remove it to download again") from None
+        raise UserError(f"no {folder} in {root}, and no download ({why}); name its folder by --data, or use --dataset shapes") from None
+    images = torch.as_tensor(data.data)
+    if name != "stl10":
+        images = images.permute(0, 3, 1, 2).contiguous()
+    return images, torch.as_tensor(data.labels if name == "stl10" else data.targets).long()
+
+
+def load_folder(root: Path, train: bool, size: int) -> tuple[Tensor, Tensor]:
+    from PIL import Image, ImageOps         # Pillow comes with torchvision
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: name one of images by --data, or use --dataset shapes")
+    split = (root / "train").is_dir() and (root / "test").is_dir()
+    base = root / ("train" if train else "test") if split else root
+    paths = sorted(f for f in base.rglob("*") if f.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS)
+    if not split:
+        paths = [f for i, f in enumerate(paths) if (i % 5 == 4) != train]
+    if not paths:
+        raise UserError(f"no images in {base}" + ("" if split or train else ": five are needed for one to test on"))
+    classes = {name: i for i, name in enumerate(sorted(d.name for d in base.iterdir() if d.is_dir()))}
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    for i, path in enumerate(paths):
+        try:
+            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        except Exception as e:
+            raise UserError(f"cannot read {path}: {e}") from None
+        images[i] = torchvision.transforms.functional.pil_to_tensor(image)
+    return images, torch.tensor([classes.get(f.relative_to(base).parts[0], -1) for f in paths])
+
+
+def draw_shapes(M: int, seed: int) -> tuple[Tensor, Tensor]:
+    """M drawings, uint8 (M, 3, 32, 32), with labels (M, 2): which of 8 shapes (disc, triangle, square or star, filled
+    or hollow; any angle, place and size) and which of 6 hues it is painted in, on a gray ground."""
+    g = torch.Generator().manual_seed(seed)
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(M, 1, 1, generator=g)
+    labels = torch.stack([torch.randint(8, (M,), generator=g), torch.randint(6, (M,), generator=g)], dim=1)
+    outline, hollow, hue = labels[:, 0, None, None] % 4, labels[:, 0, None, None] // 4, labels[:, 1, None, None]
+    radius, saturation, value, ground = uniform(8, 14), uniform(0.5, 1), uniform(0.5, 1), uniform(0.1, 0.9)
+    y = torch.arange(32.)[:, None] - 15.5 - uniform(-3, 3)
+    x = torch.arange(32.)[None, :] - 15.5 - uniform(-3, 3)
+    r, angle = torch.hypot(x, y), torch.atan2(y, x) + uniform(0, 2 * math.pi)
+    def polygon(k):                         # the distance from the centre to the edge of a regular k-gon, by angle
+        return math.cos(math.pi / k) / torch.cos(torch.remainder(angle, 2 * math.pi / k) - math.pi / k)
+    edge = torch.stack([torch.full_like(angle, 0.85), polygon(3), polygon(4), 0.65 + 0.35 * torch.cos(5 * angle)])
+    edge = radius * edge.gather(0, outline[None].expand(1, M, 32, 32))[0]
+    paint = (edge - r + 0.5).clamp(0, 1) - hollow * (0.55 * edge - r + 0.5).clamp(0, 1)
+    images = torch.lerp(ground[:, None], hsv_to_rgb(hue.float(), value * saturation, value), paint[:, None])
+    return (images * 255).round().to(torch.uint8), labels
+
+
+# ---------------------------------------------------------------------------- augmentation: in batch, per image
+
+def augment(images: Tensor, generator: torch.Generator, crop_scale=0.2, hue=0.1, grayscale=0.1) -> Tensor:
+    """One random view per image by SimCLR's augmentation: uint8 (N, 3, S, S) -> normalized float32 (N, 3, S, S).
+
+    Crop of crop_scale to 1 of the area, resized back; flip; with probability 0.8 brightness, contrast and saturation
+    by a factor in 0.6 to 1.4 and a hue shift up to +-hue turns; gray with probability grayscale; above 64 px a
+    Gaussian blur with probability 0.5. Each is torchvision's own definition, but for floats and in batch: every
+    parameter is drawn per image, only the order of the four colour operations once per call.
+    Drawn on the generator's device; with a CPU generator the views are the same on every device.
+    """
+    N, S, device = len(images), images.shape[-1], images.device
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(*shape, N, generator=generator, device=generator.device)
+    def ready(*parameters):                 # -> (N, 1, 1, 1) on the images' device
+        return torch.stack(parameters).to(device, non_blocking=True)[..., None, None, None]
+
+    # Crop, flip and resize are two matrices per image, one for the rows and one for the columns.
+    area, ratio = uniform(crop_scale, 1, 10) * S * S, uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
+    heights, widths = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    first = ((heights <= S) & (widths <= S)).byte().argmax(dim=0, keepdim=True)   # of ten tries, as torchvision
+    height, width = (a.gather(0, first)[0].clamp(1, S) for a in (heights, widths))
+    top, left = ((uniform(0, 1) * (S - a + 1)).floor() for a in (height, width))
+    flip = (uniform(0, 1) < 0.5).float()
+    top, height, left, width, flip = ready(top, height, left, width, flip)[..., 0]   # N x 1 x 1 each
+    rows, columns = resize_matrix(top, height, S, S), resize_matrix(left, width, S, S)
+    columns = torch.where(flip > 0, columns.flip(1), columns)
+    x = images.to(torch.float32) / 255
+    x = rows[:, None] @ (x.reshape(N, 3 * S, S) @ columns.mT).reshape(N, 3, S, S)
+
+    applied = (uniform(0, 1) < 0.8).float()
+    b, c, s, shift, gray = ready(*(1 + applied * uniform(-0.4, 0.4, 3)), applied * uniform(-hue, hue),
+                                 (uniform(0, 1) < grayscale).float())
+    jitter = [lambda x: x.mul_(b).clamp_(0, 1),
+              lambda x: to_gray(x).mean(dim=(1, 2, 3), keepdim=True).lerp(x, c).clamp_(0, 1),
+              lambda x: to_gray(x).lerp(x, s).clamp_(0, 1),
+              lambda x: shift_hue(x, shift)]
+    for i in torch.randperm(4, generator=generator, device=generator.device).tolist():
+        x = jitter[i](x)
+    x = x.lerp_(to_gray(x), gray)
+    if S > 64:
+        blurred = (uniform(0, 1) < 0.5).float()
+        sigma, blurred = ready(uniform(0.1, 2), blurred)
+        kernel = blur_matrix(sigma[..., 0], S)
+        x = torch.lerp(x, kernel[:, None] @ x @ kernel[:, None], blurred)
+    return normalize(x)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """(x - mean) / std with ImageNet's channel means and deviations, for every data set: x in [0, 1], (N, 3, S, S)."""
+    mean, std = x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225])
+    return (x - mean[:, None, None]) / std[:, None, None]
+
+
+def resize_matrix(start: Tensor, length: Tensor, size: int, out: int) -> Tensor:
+    """(N, out, size): cuts start .. start + length (N, 1, 1) from `size` pixels and resizes that to `out`, antialiased."""
+    scale = length / out
+    centre = (torch.arange(out, device=start.device) + 0.5)[:, None] * scale              # N x out x 1
+    source = torch.arange(size, device=start.device) + 0.5 - start                        # N x 1 x size
+    weight = (1 - (source - centre).abs() / scale.clamp(min=1)).clamp(min=0)              # a triangle around the centre
+    weight = weight * ((source > 0) & (source < length))
+    return weight / weight.sum(dim=2, keepdim=True)
+
+
+def blur_matrix(sigma: Tensor, size: int) -> Tensor:
+    """(N, size, size): a Gaussian of sigma (N, 1, 1) pixels over a tenth of the image, reflected at the edges."""
+    radius = size // 20
+    offset = torch.arange(-radius, radius + 1, device=sigma.device)
+    source = (torch.arange(size, device=sigma.device)[:, None] + offset).abs()
+    source = torch.where(source >= size, 2 * (size - 1) - source, source)                 # size x taps
+    weight = torch.softmax(-0.5 * (offset / sigma) ** 2, dim=2).expand(-1, size, -1)      # N x size x taps
+    return torch.zeros(len(sigma), size, size, device=sigma.device).scatter_add_(2, source.expand_as(weight), weight)
+
+
+def to_gray(x: Tensor) -> Tensor:
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+
+
+def hsv_to_rgb(h: Tensor, chroma: Tensor, value: Tensor) -> Tensor:
+    """h in sixths of a turn, chroma = value * saturation: (N, H, W) each -> (N, 3, H, W)."""
+    k = torch.remainder(h[:, None] + h.new_tensor([5, 3, 1])[:, None, None], 6)
+    return value[:, None] - chroma[:, None] * (2 - (k - 2).abs()).clamp(0, 1)
+
+
+def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of x (N, 3, H, W) in [0, 1] by shift (N, 1, 1, 1) turns, value and saturation kept."""
+    (r, g, b), value = x.unbind(1), x.amax(dim=1)
+    chroma = value - x.amin(dim=1)
+    divisor = torch.where(chroma > 0, chroma, 1)
+    h = torch.where(value == r, (g - b) / divisor,
+                    torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor))
+    return hsv_to_rgb(h + 6 * shift[:, 0], chroma, value)
+
+
+# ---------------------------------------------------------------------------- pure functions of (seed, step)
+
+def stream(seed: int, step: int, which: int) -> torch.Generator:
+    """An own generator for each (seed, step); `which` is 0 for the order of an epoch's images, 1 for augmentation."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + 2 * step + which) % 2**32)
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
+    """Linear over the first warmup * total steps, then a half cosine down to zero."""
+    rising = warmup * total
+    if step < rising:
+        return peak * (step + 1) / (rising + 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
+
+
+# ---------------------------------------------------------------------------- models and checkpoints
+
+def build(args) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The untrained encoder f, projection head g and prediction head q of these arguments: a function of args.seed."""
+    torch.manual_seed(args.seed)
+    f = projhead.encoder(args.encoder, args.image_size)
+    sizes = {flag: getattr(args, name) for flag, name in (("d", "dim"), ("hidden", "hidden")) if getattr(args, name)}
+    g = HEADS[args.head](f.dim, **sizes)
+    d = args.dim or f.dim
+    if args.projector_bn == "yes":
+        g.append(nn.BatchNorm1d(d, affine=False))
+    q = nn.Identity() if args.predictor == "none" else PREDICTORS[args.predictor](d)
+    return f, g, q
+
+
+def save(path: Path, checkpoint: dict) -> None:
+    """Write all of it or nothing: to a temporary file beside, synced to disk, then renamed."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load(path: Path, device="cpu") -> dict:
+    """The checkpoint at path, without running anything that it holds. Raises UserError."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint["args"], checkpoint["step"], checkpoint["encoder"]
+    except Exception as e:
+        raise UserError(f"{path} is not a checkpoint of ours ({type(e).__name__})") from None
+    return checkpoint
+
+
+def claim(out: Path, args) -> dict | None:
+    """None for a new run, the checkpoint of one to be continued; raises UserError if `out` holds anything else."""
+    if (out / "checkpoint.pt").exists():
+        checkpoint = load(out / "checkpoint.pt", args.device)
+        old, free = checkpoint["args"], ("out", "data", "device", "compile")
+        differ = [f"--{k.replace('_', '-')} {old.get(k)} there, {v} here" for k, v in vars(args).items()
+                  if k not in free and old.get(k) != v]
+        if differ:
+            raise UserError(f"{out} holds another run ({'; '.join(differ)}): choose another --out")
+        return checkpoint
+    if out.exists() and (not out.is_dir() or any(f.name != "checkpoint.tmp" for f in out.iterdir())):
+        raise UserError(f"{out} holds something else than a run: choose another --out")
+    return None
+
+
+# ---------------------------------------------------------------------------- training
+
+def train(args) -> None:
+    """The whole run of these arguments: everything that a paper would print as pseudo-code is in the loop below."""
+    out = Path(args.out)
+    checkpoint = claim(out, args)
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device)
+    except Exception as e:
+        raise UserError(f"--device {args.device}: {str(e).splitlines()[0]}") from None
+    images, _ = load_dataset(args.dataset, args.data, train=True, size=args.image_size)   # the labels are not looked at
+    if args.limit and args.limit > len(images):
+        raise UserError(f"--limit {args.limit}: {args.dataset} has {len(images)} training images")
+    images = images[:args.limit].to(device)
+    if len(images) < 2:
+        raise UserError("one image is no training set: a loss needs at least two")
+    batch_size = min(args.batch_size, len(images))
+    per_epoch = len(images) // batch_size               # the last short batch is left out, another one each epoch
+    total, peak = args.epochs * per_epoch, args.lr * batch_size / 256
+
+    # Models: the encoder f (theta), the heads g and q (phi), and BYOL's slow copy of f and g.
+    f, g, q = (m.to(device) for m in build(args))
+    f = f.to(memory_format=torch.channels_last)
+    target = copy.deepcopy(nn.Sequential(f, g)).requires_grad_(False) if args.target == "ema" else None
+    modules = {"encoder": f, "head": g, "predictor": q} | ({"target": target} if target else {})
+
+    # Optimizers: theta and phi apart, so that either can move alone. Each rate is a multiple of the schedule's.
+    sgd = dict(lr=peak, momentum=args.momentum, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    optimizer_f = torch.optim.SGD([{"params": f.parameters(), "scale": 1.0}], **sgd)
+    groups = [{"params": list(g.parameters()), "scale": args.head_lr},
+              {"params": list(q.parameters()), "scale": args.predictor_lr}]
+    if args.predictor == "offdiag":
+        groups[1]["weight_decay"] = 0.0                 # decay would itself bring the head back to the identity
+    groups = [group for group in groups if group["params"]]
+    optimizer_gq = torch.optim.SGD(groups, **sgd) if groups else None
+    optimizers = {"optimizer_f": optimizer_f} | ({"optimizer_gq": optimizer_gq} if groups else {})
+
+    start = 0
+    if checkpoint:
+        start = checkpoint["step"]
+        if start >= total:
+            print(f"{out} is finished: {args.epochs} epochs. Look at it: python eval.py {out}")
+            return
+        for name, part in {**modules, **optimizers}.items():
+            part.load_state_dict(checkpoint[name])
+    def state(step):
+        return {"args": vars(args), "step": step,
+                **{name: part.state_dict() for name, part in {**modules, **optimizers}.items()}}
+    if args.compile:
+        f.compile()
+    out.mkdir(parents=True, exist_ok=True)
+    if not checkpoint:
+        save(out / "checkpoint.pt", state(0))
+    log = start_log(out / "metrics.jsonl", args, start // per_epoch, device, len(images))
+
+    def amp():
+        return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    pair = {"infonce": lambda p, z: projhead.nt_xent(p, z.detach(), args.tau),
+            "cosine": projhead.negative_cosine, "bn": projhead.bn_mse}[args.loss]
+
+    def objective(h, t=None):
+        """L(theta, phi) of h (2N, D), the views one after the other; t: the slow copy's z. Also returns z."""
+        with amp():
+            z = g(h)                                    # 2N x d
+            p = q(z)                                    # 2N x d
+        z, p = z.float(), p.float()                     # losses in float32
+        if args.predictor == "none":
+            loss = projhead.nt_xent(*z.chunk(2), args.tau)
+        else:
+            (p1, p2), (z1, z2) = p.chunk(2), (z if t is None else t).chunk(2)
+            loss = (pair(p1, z2) + pair(p2, z1)) / 2    # each detaches its second argument
+        if args.sparsity:
+            loss = loss + args.sparsity * projhead.sparsity(g, args.sparsity_norm, args.sparsity_layer)
+        return loss, z
+
+    f.train(), g.train(), q.train()
+    began = since = time.perf_counter()
+    total_loss, total_inner = torch.zeros((), device=device), 0.0
+    for step in range(start, total):
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or step == start:
+            order = torch.randperm(len(images), generator=stream(args.seed, epoch, 0)).to(device)
+        rate = learning_rate(step, total, peak, args.warmup)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+
+        # Two views of each image, in one batch: BatchNorm sees both, where SimSiam and BYOL run one after the other.
+        batch, random_numbers = images[order[i * batch_size:(i + 1) * batch_size]], stream(args.seed, step, 1)
+        x = torch.cat([augment(batch, random_numbers, args.crop_scale, args.hue, args.grayscale) for _ in "12"])
+        x = x.contiguous(memory_format=torch.channels_last)
+        with amp():
+            h = f(x)                                    # 2N x D
+            t = None
+            if target:
+                with torch.no_grad():
+                    t = target(x).float()               # 2N x d
+
+        if args.inner_steps:                            # phi alone, h held fixed
+            total_inner += projhead.fit_head(lambda: objective(h.detach(), t)[0], optimizer_gq, args.inner_steps)
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+        loss, z = objective(h, t)
+        loss.backward()
+        optimizer_f.step()                              # theta
+        if optimizer_gq and not args.inner_steps:
+            optimizer_gq.step()                         # joint training: phi in the same step
+
+        if target:  # Parameters are averaged. BatchNorm's buffers are the copy's own: it runs in train mode, on its batches.
+            m = 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / total)) / 2
+            with torch.no_grad():
+                for slow, fast in zip(target.parameters(), nn.Sequential(f, g).parameters()):
+                    slow.lerp_(fast, 1 - m)
+
+        total_loss += loss.detach()
+        eta = (time.perf_counter() - began) / (step + 1 - start) * (total - step - 1)
+        if step == start and eta > 3600 and device.type == "cpu":
+            print(f"this will take about {eta / 3600:.0f} hours on this CPU; "
+                  "--encoder convnet --limit 10000 --epochs 10 takes minutes", file=sys.stderr)
+        if sys.stdout.isatty():
+            print(f"\repoch {epoch + 1}/{args.epochs}  step {i + 1}/{per_epoch}  ETA {clock(eta)} ", end="", flush=True)
+        if i + 1 < per_epoch:
+            continue
+
+        # The end of an epoch: measure the last batch, log, save.
+        done = max(1, step + 1 - max(start, epoch * per_epoch))
+        line = {"epoch": epoch + 1, "step": step + 1, "loss": total_loss.item() / done}
+        if args.inner_steps:
+            line["inner_loss"] = total_inner / done
+        line |= {"lr": rate, "rank_h": projhead.effective_rank(h.detach()), "rank_z": projhead.effective_rank(z.detach())}
+        if args.predictor == "offdiag":
+            line["offdiag"] = q.E.norm().item()
+        if args.sparsity:
+            line["penalty"] = projhead.sparsity(g, args.sparsity_norm, args.sparsity_layer).item()
+            line["pruned"] = projhead.share_pruned(g, args.sparsity_layer)
+        seconds = time.perf_counter() - since
+        line |= {"seconds": seconds, "views_per_s": 2 * batch_size * done / seconds}
+        if not math.isfinite(line["loss"]):
+            raise UserError(f"the loss is {line['loss']} in epoch {epoch + 1}: try a smaller --lr than {args.lr}; "
+                            f"{out} keeps epoch {epoch}")
+        log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+        log.flush()
+        save(out / "checkpoint.pt", state(step + 1))
+        extra = "".join(f"  {k} {line[k]:.3f}" for k in ("offdiag", "pruned") if k in line)
+        print(("\r" if sys.stdout.isatty() else "") + f"epoch {epoch + 1}/{args.epochs}  loss {line['loss']:.4f}  "
+              f"rank h {line['rank_h']:.1f} z {line['rank_z']:.1f}{extra}  {line['views_per_s']:.0f} views/s  "
+              f"ETA {clock(eta)}", flush=True)
+        since, total_loss, total_inner = time.perf_counter(), torch.zeros((), device=device), 0.0
+    print(f"done in {clock(time.perf_counter() - began)}. Look at it: python eval.py {out}")
+
+
+def start_log(path: Path, args, epochs: int, device, M: int):
+    """metrics.jsonl, opened for appending behind its first line and as many epochs as the checkpoint has."""
+    first = {"command": shlex.join(["python", *sys.argv]), "args": vars(args), "images": M,
+             "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
+             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+             "threads": torch.get_num_threads()}
+    lines = path.read_text().splitlines()[:1 + epochs] if epochs else []
+    path.write_text("".join(line + "\n" for line in lines or [json.dumps(first)]))
+    return open(path, "a")
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}" if seconds >= 3600 else \
+        f"{int(seconds // 60)}:{int(seconds % 60):02}"
+
+
+def main(run) -> None:
+    """Run a script's main function; what the user can mend is one line on stderr and exit code 2."""
+    try:
+        run()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command continues from the last whole epoch", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(lambda: train(parse_args()))
