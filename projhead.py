@@ -77,9 +77,13 @@ class LinearHead(nn.Sequential):
 
 
 class MLP(nn.Sequential):
-    """z = W2 relu(W1 h): (N, D) -> (N, d). SimCLR's head with one hidden layer [paper]; widths 1024, 128 [reading]."""
+    """z = W2 relu(W1 h): (N, D) -> (N, d). SimCLR's head with one hidden layer [paper].
 
-    def __init__(self, D: int, d: int = 128, hidden: int = 1024):
+    hidden is 2 D unless given, and d 128: for ResNet-18 the 512-1024-128 of the simclr-cifar10 recipe [reading].
+    """
+
+    def __init__(self, D: int, d: int = 128, hidden: int | None = None):
+        hidden = hidden or 2 * D
         super().__init__(
             nn.Linear(D, hidden),   # N x hidden
             nn.ReLU(),

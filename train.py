@@ -56,7 +56,7 @@ def recommended(args) -> dict:
         sparsity_norm="l21" if args.sparsity else None,
         sparsity_layer=0 if args.sparsity else None,
         dim=None if args.head == "none" else 128,
-        hidden=None if args.head in ("none", "linear") else 1024,
+        hidden=None,
         image_size=SIZES[args.dataset],
         epochs=(10 if shapes else 20) if small else 100,
         batch_size=256 if small else 512,
@@ -103,7 +103,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--sparsity-norm", choices=["l21", "l21-out", "l1", "l21-plain"], help="see projhead.sparsity")
     p.add_argument("--sparsity-layer", type=number(int, 0), help="which Linear of the head (default: 0, the first)")
     p.add_argument("--dim", type=many, help="width of z (default: 128)")
-    p.add_argument("--hidden", type=many, help="hidden width of the head (default: 1024)")
+    p.add_argument("--hidden", type=many, help="hidden width of the head (default: twice that of h)")
     p.add_argument("--dataset", choices=SIZES, default="shapes", help="shapes is drawn here; cifar10, cifar100, stl10 download")
     p.add_argument("--data", default="data", metavar="DIR", help="where the data set lies (default: data)")
     p.add_argument("--limit", type=number(int, 2), metavar="N", help="only the first N training images")
@@ -147,7 +147,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     clash(args.inner_steps and frozen, "inner_steps", "there is no trainable head to fit")
     clash(args.inner_steps and frozen, "head_lr", "a frozen head cannot be fitted: add --inner-steps 0, or use --head mlp")
     clash(args.head == "none", "dim", "--head none has the encoder's width")
-    clash(args.hidden is None or args.head in ("none", "linear"), "hidden", f"--head {args.head} has no hidden layer")
+    clash(args.head in ("none", "linear"), "hidden", f"--head {args.head} has no hidden layer")
     clash(args.sparsity and args.head == "none", "sparsity", "--head none has no weights to make sparse")
     clash(args.sparsity and not args.head_lr, "sparsity", "a frozen head cannot become sparse")
     clash(not args.sparsity, "sparsity_norm", "needs --sparsity LAMBDA or --head sparse")
