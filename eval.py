@@ -195,7 +195,7 @@ def main() -> None:
         if not runs:
             raise UserError("no run in runs/: make one by python train.py, or name its folder")
         args.run = runs[-1].parent
-    run = load_run(args.run, args.device)
+    run = load_run(args.run, train.usable(args.device))
     rows = table(run, args.k, args.data)
     if args.json:
         print(json.dumps({"run": str(run.path), "step": run.step, "args": vars(run.args), "rows": rows}))

@@ -93,7 +93,7 @@ def test_half_precision_in_float32_out():
 
 def test_negative_cosine_and_bn_mse():
     p, z = randn(7, 4).requires_grad_(), randn(7, 4, seed=1).requires_grad_()
-    cosine = -sum(float(a @ b / a.norm() / b.norm()) for a, b in zip(p, z)) / 7
+    cosine = -sum((a @ b / a.norm() / b.norm()).item() for a, b in zip(p, z)) / 7
     bn = lambda a: (a - a.mean(0)) / (a.var(0, unbiased=False) + 1e-5).sqrt()
     assert projhead.negative_cosine(p, z).item() == pytest.approx(cosine, abs=1e-12)
     assert projhead.bn_mse(p, z).item() == pytest.approx((bn(p) - bn(z)).square().sum(1).mean().item() / 4, abs=1e-12)
@@ -179,23 +179,24 @@ def test_offdiag_entries_do_not_decay():
 
 # ---------------------------------------------------------------------------- the head as a part of the objective
 
-def bilevel(dtype=double):
-    """A small smooth problem: f a linear layer with BatchNorm, g linear, cosine InfoNCE plus a ridge on phi."""
+def bilevel():
+    """A small problem whose inner part is convex: f linear with BatchNorm, g linear, logits g(h1) h2^T, and a ridge on g."""
     torch.manual_seed(0)
-    f = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).to(dtype)
-    g = nn.Linear(4, 3).to(dtype)
-    x1, x2 = randn(10, 6), randn(10, 6) + 0.5 * randn(10, 6, seed=1)
+    f = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).to(double)
+    g = nn.Linear(4, 4, bias=False).to(double)
+    x1 = randn(10, 6)
+    x = torch.cat([x1, x1 + 0.5 * randn(10, 6, seed=1)])
     def loss(h):
-        ridge = sum(w.square().sum() for w in g.parameters())
-        return projhead.nt_xent(*g(h).chunk(2), 0.5) + 0.05 * ridge
-    return f, g, lambda: f(torch.cat([x1, x2])), loss
+        h1, h2 = h.chunk(2)
+        return F.cross_entropy(g(h1) @ h2.T, torch.arange(10)) + 0.05 * g.weight.square().sum()
+    return f, g, lambda: f(x), loss
 
 
 def test_fit_head_lowers_the_loss_and_leaves_the_encoder_alone():
     f, g, encode, loss = bilevel()
     h = encode().detach()
     before, state = loss(h).item(), copy.deepcopy(f.state_dict())
-    optimizer = torch.optim.SGD(g.parameters(), 0.5)
+    optimizer = torch.optim.SGD(g.parameters(), 0.1)
     losses = [projhead.fit_head(lambda: loss(h), optimizer, 3) for _ in range(3)]
     assert isinstance(losses[0], float) and before > losses[0] > losses[1] > losses[2]
     assert all(torch.equal(v, state[k]) for k, v in f.state_dict().items())     # parameters and buffers
@@ -213,11 +214,11 @@ def test_envelope_theorem():
         g.load_state_dict(start)
         h = encode().detach()
         if steps:
-            projhead.fit_head(lambda: loss(h), torch.optim.SGD(g.parameters(), 1.0, momentum=0.9), steps)
+            projhead.fit_head(lambda: loss(h), torch.optim.SGD(g.parameters(), 0.1, momentum=0.9), steps)
     def V(t):
         with torch.no_grad():
             weight.add_(t * direction)
-        fit(800)
+        fit(500)
         value = loss(encode()).item()
         with torch.no_grad():
             weight.sub_(t * direction)
@@ -226,7 +227,7 @@ def test_envelope_theorem():
     def encoder_gradient(steps):
         fit(steps)
         return (torch.autograd.grad(loss(encode()), weight)[0] * direction).sum().item()
-    assert encoder_gradient(800) == pytest.approx(numerical, rel=1e-5)
+    assert encoder_gradient(500) == pytest.approx(numerical, rel=1e-5)
     assert abs(encoder_gradient(0) - numerical) > 0.05 * abs(numerical)
 
 
@@ -352,7 +353,7 @@ def replay(images, seed, crop_scale, hue, grayscale):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(*shape, N, generator=g)
     area, ratio = uniform(crop_scale, 1, 10) * S * S, uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
-    place, flip, applied = uniform(0, 1, 2) if False else [uniform(0, 1), uniform(0, 1)], uniform(0, 1) < 0.5, uniform(0, 1) < 0.8
+    place, flip, applied = [uniform(0, 1), uniform(0, 1)], uniform(0, 1) < 0.5, uniform(0, 1) < 0.8
     factors, shift, gray = 1 + uniform(-0.4, 0.4, 3), uniform(-hue, hue), uniform(0, 1) < grayscale
     order, views = torch.randperm(4, generator=g).tolist(), []
     for n, image in enumerate(images):
@@ -604,12 +605,17 @@ def test_bad_input_is_one_line_and_loses_nothing(flags, monkeypatch, capsys):
     assert {f: f.read_bytes() for f in Path(".").rglob("*") if f.is_file()} == before
 
 
-@pytest.mark.parametrize("words", ["nowhere", "empty", "broken", "--wrong", "--k 0", ""])
-def test_eval_refuses_in_one_line(words):
+@pytest.mark.parametrize("words", ["", "nowhere", "empty", "broken", "run --device cuda:99", "run --k 0", "run --wrong"])
+def test_eval_refuses_in_one_line(words, monkeypatch, capsys):
     Path("empty").mkdir(), Path("broken").mkdir()
     Path("broken/checkpoint.pt").write_bytes(b"junk")
-    done = subprocess.run([sys.executable, HERE / "eval.py", *words.split()], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    if words.startswith("run"):
+        run("--head mlp")
+    monkeypatch.setattr(sys, "argv", ["eval.py", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        train.main(evaluation.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
 
 
 def test_a_finished_run_says_so_and_stays(capsys):

@@ -127,8 +127,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     given = {flag for flag, value in vars(args).items() if value is not None}
     args.encoder = args.encoder or ("convnet" if args.dataset == "shapes" else "resnet18")
     changed = []
-    for flag, value in recommended(args).items():       # in order: some defaults follow from those before them
-        value = recommended(args)[flag]
+    for flag in recommended(args):
+        value = recommended(args)[flag]                 # anew each time: some defaults follow from those before them
         if getattr(args, flag) is None:
             setattr(args, flag, value)
         elif getattr(args, flag) != value:
@@ -382,6 +382,14 @@ def load(path: Path, device="cpu") -> dict:
     return checkpoint
 
 
+def usable(device: str) -> torch.device:
+    """The device of that name. Raises UserError where there is none."""
+    try:
+        return torch.zeros(1, device=device).device
+    except Exception as e:
+        raise UserError(f"--device {device}: {str(e).splitlines()[0]}") from None
+
+
 def claim(out: Path, args) -> dict | None:
     """None for a new run, the checkpoint of one to be continued; raises UserError if `out` holds anything else."""
     if (out / "checkpoint.pt").exists():
@@ -401,13 +409,8 @@ def claim(out: Path, args) -> dict | None:
 
 def train(args) -> None:
     """The whole run of these arguments: everything that a paper would print as pseudo-code is in the loop below."""
-    out = Path(args.out)
+    out, device = Path(args.out), usable(args.device)
     checkpoint = claim(out, args)
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device)
-    except Exception as e:
-        raise UserError(f"--device {args.device}: {str(e).splitlines()[0]}") from None
     images, _ = load_dataset(args.dataset, args.data, train=True, size=args.image_size)   # the labels are not looked at
     if args.limit and args.limit > len(images):
         raise UserError(f"--limit {args.limit}: {args.dataset} has {len(images)} training images")
@@ -421,6 +424,11 @@ def train(args) -> None:
     # Models: the encoder f (theta), the heads g and q (phi), and BYOL's slow copy of f and g.
     f, g, q = (m.to(device) for m in build(args))
     f = f.to(memory_format=torch.channels_last)
+    if args.sparsity:
+        try:
+            projhead.linear_weight(g, args.sparsity_layer)
+        except ValueError as e:
+            raise UserError(f"--sparsity-layer {args.sparsity_layer}: {e}") from None
     target = copy.deepcopy(nn.Sequential(f, g)).requires_grad_(False) if args.target == "ema" else None
     modules = {"encoder": f, "head": g, "predictor": q} | ({"target": target} if target else {})
 
@@ -474,6 +482,8 @@ def train(args) -> None:
             loss = loss + args.sparsity * projhead.sparsity(g, args.sparsity_norm, args.sparsity_layer)
         return loss, z
 
+    print(f"{out}: {len(images)} images of {args.image_size} px, {args.encoder}, "
+          f"{total - start} steps of {batch_size} images on {device}", flush=True)
     f.train(), g.train(), q.train()
     began = since = time.perf_counter()
     total_loss, total_inner = torch.zeros((), device=device), 0.0
