@@ -31,7 +31,7 @@ def randn(*shape, seed=0, dtype=double):
 
 @pytest.fixture(autouse=True)
 def small_world(tmp_path, monkeypatch):
-    """Each test in a folder of its own, with 40 + 20 drawings where a user has 20,000 + 4,000."""
+    """Each test in a folder of its own, with 40 + 20 drawings where a user has 10,000 + 4,000."""
     real, sets = train.load_dataset, {part: train.draw_shapes(40 if part else 20, seed=int(part)) for part in (True, False)}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "load_dataset", lambda name, root="data", train=True, size=64:

@@ -51,14 +51,14 @@ def recommended(args) -> dict:
         inner_steps=1 if args.head == "parametric" else 0,
         head_lr=None if args.head == "none" else 1.0,
         predictor_lr={"none": None, "identity": None, "offdiag": 10.0}.get(args.predictor, 1.0),
-        projector_bn="yes" if paired else "no",
+        projector_bn="yes" if paired and args.loss != "bn" else "no",
         sparsity=0.5 if args.head == "sparse" else 0.0,
         sparsity_norm="l21" if args.sparsity else None,
         sparsity_layer=0 if args.sparsity else None,
         dim=None if args.head == "none" else 128,
         hidden=None,
         image_size=SIZES[args.dataset],
-        epochs=(10 if shapes else 20) if small else 100,
+        epochs=(12 if shapes else 20) if small else 100,
         batch_size=256 if small else 512,
         lr=0.06,
         momentum=0.9,
@@ -98,7 +98,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--inner-steps", type=number(int, 0), metavar="K", help="steps on the head before each encoder step; 0: joint")
     p.add_argument("--head-lr", type=number(float, 0), help="head's rate as a multiple of the encoder's; 0: a frozen random head")
     p.add_argument("--predictor-lr", type=number(float, 0), help="likewise for the prediction head")
-    p.add_argument("--projector-bn", choices=["yes", "no"], help="end g in BatchNorm without affine (default: with a predictor)")
+    p.add_argument("--projector-bn", choices=["yes", "no"], help="end g in BatchNorm without affine (default: with a predictor, unless --loss bn)")
     p.add_argument("--sparsity", type=number(float, 0), metavar="LAMBDA", help="weight of the sparsity penalty; 0: off")
     p.add_argument("--sparsity-norm", choices=["l21", "l21-out", "l1", "l21-plain"], help="see projhead.sparsity")
     p.add_argument("--sparsity-layer", type=number(int, 0), help="which Linear of the head (default: 0, the first)")
@@ -172,7 +172,7 @@ def load_dataset(name: str, root="data", train: bool = True, size: int = 64) -> 
     are resized to size and cropped to a square; subfolders, if any, are classes. Raises UserError.
     """
     if name == "shapes":
-        return draw_shapes(20_000, seed=1) if train else draw_shapes(4_000, seed=2)
+        return draw_shapes(10_000, seed=1) if train else draw_shapes(4_000, seed=2)
     if name == "folder":
         return load_folder(Path(root), train, size)
     make, folder = {"cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py"),
