@@ -62,8 +62,8 @@ def features(run, images: Tensor, view=None, batch_size: int = 500) -> dict[str,
     """{tap: float32 (M, dim)} of uint8 images (M, 3, S, S), each passed through the frozen networks once.
 
     run: what load_run returned, or a run's folder. view: a function uint8 (N, 3, S, S) -> normalized float32 that
-    replaces plain normalization. Taps: h, g[0] ... (layers inside the head), z, p; z is absent where there is no
-    head, p where there is no prediction head. Raises RuntimeError if a parameter or buffer moved.
+    replaces plain normalization. Taps: h, g[0] ... (layers inside the head), z, p; z is absent where g has no layer,
+    p where there is no prediction head. Raises RuntimeError if a parameter or buffer moved.
     """
     run = run if isinstance(run, argparse.Namespace) else load_run(run)
     modules = nn.ModuleList([run.encoder, run.head, run.predictor]).eval()

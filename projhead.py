@@ -8,7 +8,7 @@
 
     none, linear, mlp         SimCLR (2002.05709)               the heads that the others are read against
     fit_head -> parametric    Gupta et al. 2022 (2212.11491)    the head as a part of the objective: phi is fitted first
-    sparsity -> sparse        Song et al. 2023 (2307.08913)     a penalty that prunes the head's input features
+    sparsity -> sparse        Song et al. 2023 (2307.08913)     a penalty that makes the head sparse
     OffDiagonal -> offdiag    Wen & Li 2022 (2205.06226)        starts as the identity, only off-diagonal entries train
     MLPPredictor -> mlp       SimSiam (2011.10566), BYOL (2006.07733)
 
@@ -17,6 +17,7 @@ code, [reading] our choice where the paper is not known to us to say. Nothing he
 """
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def encoder(arch: str = "resnet18", image_size: int = 32) -> nn.Module:
     """The encoder f: (N, 3, image_size, image_size) -> (N, encoder.dim), without a classifier.
 
     resnet18, resnet34 and resnet50 are torchvision's, with torchvision's parameter names. Up to 64 px the stem is
-    SimCLR's for CIFAR (appendix B.9): a 3x3 convolution of stride 1 and no max-pool. Raises ValueError for another arch.
+    SimCLR's for CIFAR, a 3x3 convolution of stride 1 and no max-pool (its appendix B.9 [paper]). Raises ValueError for another arch.
     """
     if arch == "convnet":
         return ConvNet()
@@ -63,7 +64,7 @@ def encoder(arch: str = "resnet18", image_size: int = 32) -> nn.Module:
 # ---------------------------------------------------------------------------- projection heads: h -> z
 
 class NoHead(nn.Sequential):
-    """z = h: (N, D) -> (N, D). The loss sits on the representation itself."""
+    """z = h: (N, D) -> (N, D), SimCLR's control: the loss sits on the representation itself. [paper]"""
 
     def __init__(self, D: int):
         super().__init__()
@@ -79,7 +80,7 @@ class LinearHead(nn.Sequential):
 class MLP(nn.Sequential):
     """z = W2 relu(W1 h): (N, D) -> (N, d). SimCLR's head with one hidden layer [paper].
 
-    hidden is 2 D unless given, and d 128: for ResNet-18 the 512-1024-128 of the simclr-cifar10 recipe [reading].
+    hidden is 2 D unless given [reading], and d 128: for ResNet-18 the 512-1024-128 of simclr-cifar10 [code].
     """
 
     def __init__(self, D: int, d: int = 128, hidden: int | None = None):
@@ -98,7 +99,8 @@ class OffDiagonal(nn.Module):
 
     A linear prediction head that starts as the identity (A = 0) and trains only its off-diagonal entries. The
     diagonal is 1 by construction, whatever the optimizer does to A. Train A without weight decay, since decay
-    would itself bring the head back to the identity [reading].
+    would itself bring the head back to the identity [reading]. In the paper's simple setting the rate of A is not
+    larger than the encoder's [paper]; on short runs on real images we take it larger (train.py --predictor-lr).
     """
 
     def __init__(self, d: int):
@@ -123,7 +125,7 @@ class LinearPredictor(nn.Linear):
 
 
 class MLPPredictor(nn.Sequential):
-    """p = W2 relu(BN(W1 z)): (N, d) -> (N, d), the predictor of SimSiam and BYOL; hidden width d/4 [reading]."""
+    """p = W2 relu(BN(W1 z)): (N, d) -> (N, d), the predictor of SimSiam and BYOL [paper]; hidden width d/4 [reading]."""
 
     def __init__(self, d: int):
         super().__init__(
@@ -208,20 +210,22 @@ def linear_weight(head: nn.Module, layer: int = 0) -> Tensor:
 
 
 def share_pruned(head: nn.Module, layer: int = 0) -> float:
-    """The share of input features of that Linear whose column norm is below 1e-3 of the largest; in [0, 1]."""
+    """The share of input features of that Linear whose column norm is below 1e-3 of the largest [reading]; in [0, 1]."""
     columns = linear_weight(head, layer).detach().norm(dim=0)
     return (columns < 1e-3 * columns.max()).float().mean().item()
 
 
 def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int) -> float:
-    """The head as a parametric component of the objective, Gupta et al. 2022: `steps` inner steps on phi. Last loss.
+    """The head as a parametric component of the objective, Gupta et al. 2022: `steps` inner steps on phi.
 
     Once the encoder has run, loss_fn() computes the loss from detached h, and optimizer holds phi alone; so the
-    encoder, its buffers included, stays as it is. The encoder step that follows uses phi held fixed.
+    encoder, its buffers included, stays as it is. The encoder step that follows holds phi fixed. Returns the loss that the
+    last of the steps started from.
     The paper formulates the head as a component of InfoNCE and derives another optimization from it [paper]; ours
     is bilevel [reading]: V(theta) = min over phi of L(theta, phi), by warm-started gradient steps on the same batch.
-    Both levels minimize the same L, so dV/dtheta = dL/dtheta at the minimizing phi (the envelope theorem): no
-    implicit differentiation is owed. Raises ValueError for steps < 1.
+    Where both levels minimize the same L, as with InfoNCE, dV/dtheta = dL/dtheta at the minimizing phi (the envelope
+    theorem): no implicit differentiation is owed. Behind a stop-gradient there is no such L, and the steps are a
+    heuristic. Raises ValueError for steps < 1.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
@@ -238,7 +242,7 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int) -> float:
 def effective_rank(h: Tensor) -> float:
     """exp(entropy of the normalized singular values) of h (M, D), as RankMe (2210.02885) [paper]; between 1 and D."""
     s = torch.linalg.svdvals(h.double())
-    s = s / s.sum()
+    s = s / s.sum().clamp(min=1e-300)       # all zeros have rank 1
     return torch.special.entr(s).sum().exp().item()
 
 
@@ -260,10 +264,10 @@ HEADS: dict[str, type] = {
     "linear": LinearHead,
     "mlp": MLP,
     "parametric": MLP,   # fitted by fit_head: another optimization of the same network
-    "sparse": MLP,       # plus lambda * sparsity
+    "sparse": MLP,       # plus lambda * sparsity: another objective for the same network
 }
 PREDICTORS: dict[str, type] = {
-    "identity": nn.Identity,   # no prediction head: the control that collapses
+    "identity": nn.Identity,   # no prediction head: the control
     "offdiag": OffDiagonal,
     "linear": LinearPredictor,
     "mlp": MLPPredictor,

@@ -356,9 +356,10 @@ def replay(images, seed, crop_scale, hue, grayscale):
     place, flip, applied = [uniform(0, 1), uniform(0, 1)], uniform(0, 1) < 0.5, uniform(0, 1) < 0.8
     factors, shift, gray = 1 + uniform(-0.4, 0.4, 3), uniform(-hue, hue), uniform(0, 1) < grayscale
     order, views = torch.randperm(4, generator=g).tolist(), []
+    blurred, sigma = (uniform(0, 1) < 0.5, uniform(0.1, 2)) if S > 64 else (torch.zeros(N), None)
     for n, image in enumerate(images):
         boxes = [(round((a / r).sqrt().item()), round((a * r).sqrt().item())) for a, r in zip(area[:, n], ratio[:, n])]
-        height, width = next(b for b in boxes if max(b) <= S)
+        height, width = next((b for b in boxes if max(b) <= S), (S, S))
         top, left = int(place[0][n] * (S - height + 1)), int(place[1][n] * (S - width + 1))
         x = TF.resized_crop(image.float() / 255, top, left, height, width, [S, S], antialias=True)
         x = TF.horizontal_flip(x) if flip[n] else x
@@ -367,17 +368,19 @@ def replay(images, seed, crop_scale, hue, grayscale):
         for i in order if applied[n] else []:
             x = operations[i](x)
         x = TF.rgb_to_grayscale(x, 3) if gray[n] else x
+        x = TF.gaussian_blur(x, [2 * (S // 20) + 1] * 2, [sigma[n].item()] * 2) if blurred[n] else x
         views.append(TF.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     return torch.stack(views)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_augment_is_torchvision_image_by_image(seed):
-    images = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+@pytest.mark.parametrize("seed, size, crop", [(0, 32, 0.3), (1, 32, 0.3), (2, 32, 0.3), (3, 32, 1.0), (4, 96, 0.3)])
+def test_augment_is_torchvision_image_by_image(seed, size, crop):
+    images = torch.randint(0, 256, (24, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     images = F.avg_pool2d(images.float(), 5, 1, 2).to(torch.uint8)
-    ours = train.augment(images, torch.Generator().manual_seed(seed), 0.3, 0.2, 0.2)
-    assert torch.allclose(ours, replay(images, seed, 0.3, 0.2, 0.2), atol=2e-3)     # hue is steep near gray
-    assert (ours - replay(images, seed, 0.3, 0.2, 0.2)).abs().mean() < 1e-6
+    ours = train.augment(images, torch.Generator().manual_seed(seed), crop, 0.2, 0.2)
+    theirs = replay(images, seed, crop, 0.2, 0.2)
+    assert torch.allclose(ours, theirs, atol=2e-3)      # hue is steep near gray
+    assert (ours - theirs).abs().mean() < 1e-6
 
 
 @pytest.mark.parametrize("size", [32, 96])
@@ -554,6 +557,14 @@ def test_folder_with_and_without_classes(tmp_path):
     assert images.shape == (8, 3, 24, 24) and tests.shape == (2, 3, 24, 24) and sorted(labels.unique()) == [0, 1]
     flat_images, unknown = train.load_dataset("folder", tmp_path / "pictures" / "cat")
     assert len(flat_images) == 4 and (unknown == -1).all()
+    split = tmp_path / "split"          # a class that is missing in test does not shift the others
+    (split / "train").mkdir(parents=True), (split / "test").mkdir()
+    for part, classes in (("train", "abc"), ("test", "ac")):
+        for c in classes:
+            (split / part / c).mkdir()
+            Image.new("RGB", (8, 8)).save(split / part / c / "1.png")
+    assert sorted(train.load_dataset("folder", split)[1].tolist()) == [0, 1, 2]
+    assert sorted(train.load_dataset("folder", split, train=False)[1].tolist()) == [0, 2]
     run(f"--dataset folder --data {tmp_path}/pictures --image-size 24 --encoder convnet --limit 8 --head mlp")
     assert "linear" in evaluation.table(evaluation.load_run("run"))[0]
     run(f"--dataset folder --data {tmp_path}/pictures/cat --encoder convnet --limit 4 --batch-size 4 --head mlp", "b")
@@ -618,6 +629,14 @@ def test_eval_refuses_in_one_line(words, monkeypatch, capsys):
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
 
 
+def test_a_diverging_run_stops_and_keeps_what_it_has(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(lambda: run("--head none --lr 1e30 --warmup 0 --epochs 3"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: the loss is nan") and error.count("\n") == 1
+    assert flat(torch.load("run/checkpoint.pt", weights_only=True)).isfinite().all()
+
+
 def test_a_finished_run_says_so_and_stays(capsys):
     run("--head mlp")
     before = Path("run/checkpoint.pt").read_bytes()
@@ -625,14 +644,23 @@ def test_a_finished_run_says_so_and_stays(capsys):
     assert "is finished" in capsys.readouterr().out and Path("run/checkpoint.pt").read_bytes() == before
 
 
-def test_the_readmes_commands_parse():
+def test_the_readmes_commands_parse(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    help_text = capsys.readouterr().out
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    inline = re.findall(r"`(python (?:train|eval)\.py[^`]*)`", (HERE / "README.md").read_text())
-    commands = [shlex.split(line) for line in lines + inline if re.search(r"\btrain\.py", line) and "$" not in line]
-    assert len(commands) >= 5
-    for words in commands:
-        train.parse_args(words[[w.endswith("train.py") for w in words].index(True) + 1:])
+    lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
+    spans = re.findall(r"`((?:python|--)[^`]*)`", (HERE / "README.md").read_text())
+    spans = ["python train.py " + span if span.startswith("--") else span for span in spans]
+    commands = [c.strip() for line in lines + spans for c in line.split("&&") if "train.py" in c and "--help" not in c]
+    assert len(commands) > 20
+    for command in commands:
+        words = re.sub(r"\b(FLAGS|DIR|K|LAMBDA|S)\b", lambda m: {"FLAGS": ""}.get(m[0], "1"), command)
+        words = shlex.split(words)[2:]
+        if words and words[-1].startswith("--"):        # a flag that is named without a value
+            assert words[-1] in help_text, words
+        else:
+            train.parse_args(words)
 
 
 def test_names_that_others_rely_on():

@@ -41,7 +41,11 @@ class UserError(Exception):
 # ---------------------------------------------------------------------------- arguments
 
 def recommended(args) -> dict:
-    """What a flag is when it is not given: the recommended run for this data set, encoder, head and prediction head."""
+    """What a flag is when it is not given: the recommended run for this data set, encoder, head and prediction head.
+
+    Rate, momentum, weight decay, batch, temperature and grayscale are those of simclr-cifar10 for 100 epochs [code]; the
+    rest, and all that depends on a head, is ours [reading], chosen by what README.md reports.
+    """
     shapes, small, paired = args.dataset == "shapes", args.encoder == "convnet", args.predictor != "none"
     return dict(
         loss={"none": "infonce", "identity": "bn", "offdiag": "bn"}.get(args.predictor, "cosine"),
@@ -73,7 +77,7 @@ def recommended(args) -> dict:
 def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high) or math.isinf(value):
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
     parse.__name__ = kind.__name__
@@ -89,7 +93,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     """The arguments, each flag that was not given filled in from recommended(). Raises UserError where they clash."""
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     many, share = number(int, 1), number(float, 0, 1)
-    p.add_argument("--head", choices=HEADS, default="parametric", help="projection head (default: parametric)")
+    p.add_argument("--head", choices=HEADS, help="projection head (default: parametric; with a predictor mlp)")
     p.add_argument("--predictor", choices=["none", *PREDICTORS], default="none", help="prediction head; none: contrastive")
     p.add_argument("--loss", choices=["infonce", "cosine", "bn"], help="default: infonce; with a predictor bn or cosine")
     p.add_argument("--target", choices=["stopgrad", "ema"], help="what a prediction is compared with (SimSiam or BYOL)")
@@ -125,6 +129,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = p.parse_args(argv)
 
     given = {flag for flag, value in vars(args).items() if value is not None}
+    args.head = args.head or ("parametric" if args.predictor == "none" else "mlp")
     args.encoder = args.encoder or ("convnet" if args.dataset == "shapes" else "resnet18")
     changed = []
     for flag in recommended(args):
@@ -155,7 +160,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     clash(args.dataset != "folder", "image_size", f"{args.dataset} has images of {SIZES[args.dataset]} px")
     if args.head == "sparse" and not args.head_lr:
         raise UserError("--head-lr: a frozen head cannot become sparse")
-    name = [args.dataset, args.encoder, args.head] + ([args.predictor] if args.predictor != "none" else [])
+    data = [Path(args.data).resolve().name] if args.dataset == "folder" else []
+    name = [args.dataset, *data, args.encoder, args.head] + ([args.predictor] if args.predictor != "none" else [])
     name += [f"{flag}{getattr(args, flag)}".replace("_", "-") for flag in ["limit"] * bool(args.limit) + changed]
     args.out = args.out or os.path.join("runs", "-".join([*name, f"seed{args.seed}"]))
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -201,11 +207,13 @@ def load_folder(root: Path, train: bool, size: int) -> tuple[Tensor, Tensor]:
     split = (root / "train").is_dir() and (root / "test").is_dir()
     base = root / ("train" if train else "test") if split else root
     paths = sorted(f for f in base.rglob("*") if f.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS)
+    random.Random(0).shuffle(paths)         # so that the first N are of all classes
     if not split:
         paths = [f for i, f in enumerate(paths) if (i % 5 == 4) != train]
     if not paths:
         raise UserError(f"no images in {base}" + ("" if split or train else ": five are needed for one to test on"))
-    classes = {name: i for i, name in enumerate(sorted(d.name for d in base.iterdir() if d.is_dir()))}
+    top = root / "train" if split else root
+    classes = {name: i for i, name in enumerate(sorted(d.name for d in top.iterdir() if d.is_dir()))}
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     for i, path in enumerate(paths):
         try:
@@ -258,8 +266,9 @@ def augment(images: Tensor, generator: torch.Generator, crop_scale=0.2, hue=0.1,
     # Crop, flip and resize are two matrices per image, one for the rows and one for the columns.
     area, ratio = uniform(crop_scale, 1, 10) * S * S, uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
     heights, widths = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    first = ((heights <= S) & (widths <= S)).byte().argmax(dim=0, keepdim=True)   # of ten tries, as torchvision
-    height, width = (a.gather(0, first)[0].clamp(1, S) for a in (heights, widths))
+    fits = (heights <= S) & (widths <= S)               # the first of ten tries that fits, else all of the image
+    first = fits.byte().argmax(dim=0, keepdim=True)
+    height, width = (torch.where(fits.any(0), a.gather(0, first)[0].clamp(min=1), S) for a in (heights, widths))
     top, left = ((uniform(0, 1) * (S - a + 1)).floor() for a in (height, width))
     flip = (uniform(0, 1) < 0.5).float()
     top, height, left, width, flip = ready(top, height, left, width, flip)[..., 0]   # N x 1 x 1 each
@@ -282,7 +291,7 @@ def augment(images: Tensor, generator: torch.Generator, crop_scale=0.2, hue=0.1,
         blurred = (uniform(0, 1) < 0.5).float()
         sigma, blurred = ready(uniform(0.1, 2), blurred)
         kernel = blur_matrix(sigma[..., 0], S)
-        x = torch.lerp(x, kernel[:, None] @ x @ kernel[:, None], blurred)
+        x = torch.lerp(x, kernel[:, None] @ x @ kernel[:, None].mT, blurred)
     return normalize(x)
 
 
@@ -394,7 +403,7 @@ def claim(out: Path, args) -> dict | None:
     """None for a new run, the checkpoint of one to be continued; raises UserError if `out` holds anything else."""
     if (out / "checkpoint.pt").exists():
         checkpoint = load(out / "checkpoint.pt", args.device)
-        old, free = checkpoint["args"], ("out", "data", "device", "compile")
+        old, free = checkpoint["args"], ["out", "device", "compile"] + ["data"] * (args.dataset != "folder")
         differ = [f"--{k.replace('_', '-')} {old.get(k)} there, {v} here" for k, v in vars(args).items()
                   if k not in free and old.get(k) != v]
         if differ:
@@ -477,7 +486,7 @@ def train(args) -> None:
             loss = projhead.nt_xent(*z.chunk(2), args.tau)
         else:
             (p1, p2), (z1, z2) = p.chunk(2), (z if t is None else t).chunk(2)
-            loss = (pair(p1, z2) + pair(p2, z1)) / 2    # each detaches its second argument
+            loss = (pair(p1, z2) + pair(p2, z1)) / 2    # both ways round [reading]; each detaches its second argument
         if args.sparsity:
             loss = loss + args.sparsity * projhead.sparsity(g, args.sparsity_norm, args.sparsity_layer)
         return loss, z
@@ -536,6 +545,9 @@ def train(args) -> None:
         # The end of an epoch: measure the last batch, log, save.
         done = max(1, step + 1 - max(start, epoch * per_epoch))
         line = {"epoch": epoch + 1, "step": step + 1, "loss": total_loss.item() / done}
+        if not math.isfinite(line["loss"]):
+            raise UserError(f"the loss is {line['loss']} in epoch {epoch + 1}: try a smaller --lr than {args.lr}; "
+                            f"{out} keeps epoch {epoch}")
         if args.inner_steps:
             line["inner_loss"] = total_inner / done
         line |= {"lr": rate, "rank_h": projhead.effective_rank(h.detach()), "rank_z": projhead.effective_rank(z.detach())}
@@ -546,9 +558,6 @@ def train(args) -> None:
             line["pruned"] = projhead.share_pruned(g, args.sparsity_layer)
         seconds = time.perf_counter() - since
         line |= {"seconds": seconds, "views_per_s": 2 * batch_size * done / seconds}
-        if not math.isfinite(line["loss"]):
-            raise UserError(f"the loss is {line['loss']} in epoch {epoch + 1}: try a smaller --lr than {args.lr}; "
-                            f"{out} keeps epoch {epoch}")
         log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
         log.flush()
         save(out / "checkpoint.pt", state(step + 1))
@@ -566,7 +575,7 @@ def start_log(path: Path, args, epochs: int, device, M: int):
              "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
              "threads": torch.get_num_threads()}
-    lines = path.read_text().splitlines()[:1 + epochs] if epochs else []
+    lines = path.read_text().splitlines()[:1 + epochs] if epochs and path.exists() else []
     path.write_text("".join(line + "\n" for line in lines or [json.dumps(first)]))
     return open(path, "a")
 
@@ -580,11 +589,11 @@ def main(run) -> None:
     """Run a script's main function; what the user can mend is one line on stderr and exit code 2."""
     try:
         run()
-    except UserError as e:
+    except (UserError, OSError) as e:                   # OSError: a folder that cannot be written, a full disk
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues from the last whole epoch", file=sys.stderr)
+        print("\ninterrupted; a run continues from its last whole epoch by the same command", file=sys.stderr)
         sys.exit(130)
 
 
