@@ -52,7 +52,7 @@ def recommended(args) -> dict:
         target="stopgrad" if paired else None,
         ema=0.99 if args.target == "ema" else None,
         tau=0.5 if args.loss == "infonce" else None,
-        inner_steps=1 if args.head == "parametric" else 0,
+        inner_steps=2 if args.head == "parametric" else 0,
         head_lr=None if args.head == "none" else 1.0,
         predictor_lr={"none": None, "identity": None, "offdiag": 10.0}.get(args.predictor, 1.0),
         projector_bn="yes" if paired and args.loss != "bn" else "no",
