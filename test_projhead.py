@@ -405,7 +405,8 @@ def test_every_combination_trains_saves_and_evaluates(head, predictor):
             *(v.double().flatten() for v in train.build(train.argparse.Namespace(**checkpoint["args"]))[0].state_dict().values()),
             torch.zeros(1, dtype=double)]))
         features = evaluation.features(loss, train.load_dataset("shapes", train=False)[0])
-        expected = ["h"] + ["z"] * (head != "none" or predictor != "none") + ["p"] * (predictor != "none")
+        layers = head != "none" or predictor != "none" and loss != "bn"     # the last for its --projector-bn
+        expected = ["h"] + ["z"] * layers + ["p"] * (predictor != "none")
         assert [tap for tap in features if not tap.startswith("g")] == expected
     rows = evaluation.table(evaluation.load_run(loss))
     assert rows[-1]["tap"] == "h untrained" and {"linear shape", "linear hue", "knn20 shape", "rank"} <= rows[0].keys()
