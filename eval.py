@@ -9,7 +9,6 @@ training images of the run (its first --limit N, where it was given); the test i
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
