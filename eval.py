@@ -30,15 +30,11 @@ def load_run(path, device="cpu") -> argparse.Namespace:
     path = Path(path)
     if not (path / "checkpoint.pt").is_file():
         raise UserError(f"no checkpoint.pt in {path}: name a run's folder, or make one by python train.py")
-    checkpoint = train.load(path / "checkpoint.pt", device)
+    checkpoint = train.load(path / "checkpoint.pt")
     run = argparse.Namespace(path=path, args=argparse.Namespace(**checkpoint["args"]), step=checkpoint["step"])
-    try:
-        run.untrained, _, _ = train.build(run.args)
-        run.encoder, run.head, run.predictor = train.build(run.args)
-        for name in ("encoder", "head", "predictor"):
-            getattr(run, name).load_state_dict(checkpoint[name])
-    except Exception as e:
-        raise UserError(f"{path / 'checkpoint.pt'} does not fit its own arguments ({type(e).__name__})") from None
+    run.untrained, _, _ = train.build(run.args)
+    run.encoder, run.head, run.predictor = train.build(run.args)
+    train.restore(checkpoint, {name: getattr(run, name) for name in ("encoder", "head", "predictor")}, path / "checkpoint.pt")
     for module in (run.untrained, run.encoder, run.head, run.predictor):
         module.to(device).eval().requires_grad_(False)
     return run
@@ -58,9 +54,9 @@ def taps(run, x: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def features(run, images: Tensor, view=None, batch_size: int = 500) -> dict[str, Tensor]:
-    """{tap: float32 (M, dim)} of uint8 images (M, 3, S, S), each passed through the frozen networks once.
+    """{tap: float32 (M, dim)} of images, each passed through the frozen networks once.
 
-    run: what load_run returned, or a run's folder. view: a function uint8 (N, 3, S, S) -> normalized float32 that
+    run: what load_run returned, or a run's folder. images: uint8 (M, 3, S, S), or a train.Folder of M. view: a function uint8 (N, 3, S, S) -> normalized float32 that
     replaces plain normalization. Taps: h, g[0] ... (layers inside the head), z, p; z is absent where g has no layer,
     p where there is no prediction head. Raises RuntimeError if a parameter or buffer moved.
     """
@@ -68,8 +64,7 @@ def features(run, images: Tensor, view=None, batch_size: int = 500) -> dict[str,
     modules = nn.ModuleList([run.encoder, run.head, run.predictor]).eval()
     before = {k: v.clone() for k, v in modules.state_dict().items()}
     device, parts = next(run.encoder.parameters()).device, []
-    for batch in images.split(batch_size):
-        batch = batch.to(device)
+    for batch in train.batches(images, torch.arange(len(images)).split(batch_size), device, train.WORKERS):
         parts.append(taps(run, view(batch) if view else train.normalize(batch.float() / 255)))
     if any(not torch.equal(v, before[k]) for k, v in modules.state_dict().items()):
         raise RuntimeError("the frozen networks moved during evaluation")
@@ -148,7 +143,8 @@ def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int
 def table(run, ks=(20, 200), data=None) -> list[dict]:
     """A row {tap, dim, linear, knn20, ... rank, alignment, uniformity} for each tap, the untrained h last."""
     args = run.args
-    load = lambda part: train.load_dataset(args.dataset, data or args.data, part, args.image_size)
+    def load(part):
+        return train.load_dataset(args.dataset, data or args.data, part, args.image_size)
     (train_images, train_labels), (test_images, test_labels) = load(True), load(False)
     train_images, train_labels = train_images[:args.limit], train_labels[:args.limit]
     if train_labels.ndim == 1:
@@ -167,12 +163,14 @@ def table(run, ks=(20, 200), data=None) -> list[dict]:
     for name, source in (("", run), (" untrained", untrained)):
         a = features(source, train_images) if probed else None
         b, view1, view2 = features(source, test_images), features(source, test_images, view), features(source, test_images, view)
+        good, good_test = ([i not in getattr(images, "bad", ()) for i in range(len(images))] for images in (train_images, test_images))
         for tap in b:
             row = {"tap": tap + name, "layer": "", "dim": b[tap].shape[1]}
             if tap.startswith("g["):
                 row["layer"] = type(source.head[int(tap[2:-1])]).__name__
             for i, label in enumerate({"shapes": (" shape", " hue")}.get(args.dataset, ("",)) if probed else ()):
-                four = a[tap], train_labels[:, i].to(a[tap].device), b[tap], test_labels[:, i].to(a[tap].device)
+                labels, labels_test = train_labels[good, i].to(a[tap].device), test_labels[good_test, i].to(a[tap].device)
+                four = a[tap][good], labels, b[tap][good_test], labels_test
                 row["linear" + label], row["l2" + label] = linear_probe(*four)
                 row |= {f"knn{k}{label}": knn(*four, k=k) for k in ks}
             row |= {"rank": effective_rank(b[tap]), "alignment": alignment(view1[tap], view2[tap]),

@@ -17,7 +17,6 @@ code, [reading] our choice where the paper is not known to us to say. Nothing he
 """
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -142,23 +141,44 @@ def _at_least_float32(z: Tensor) -> Tensor:
     return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
+def gather(z: Tensor) -> Tensor:
+    """(N, d) -> (N * ranks, d): the rows of all ranks under torch.distributed, z itself without.
+
+    The gradient flows back to the rank of each row, summed over ranks: so if every rank's loss is the mean over its
+    own rows, or the loss of all rows, the mean of the ranks' gradients is the gradient of the whole batch's loss.
+    """
+    return _Gather.apply(z) if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else z
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, z.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.5) -> Tensor:
     """InfoNCE as in SimCLR: -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) ), s cosine, mean over 2N anchors. [paper]
 
     z1, z2: (N, d), row i of both from the same image; normalized here. Each anchor has 2N - 1 candidates: the pair
     (i, i) is masked out, not subtracted. Call it outside autocast. Under torch.distributed each rank computes its own
-    rows against the gathered batch, and the gradient flows through the gather: averaged over ranks (as
-    DistributedDataParallel does) it is the gradient of the loss of the whole batch.
+    rows against the gathered batch.
     """
     N = len(z1)
     z = F.normalize(_at_least_float32(torch.cat([z1, z2])), dim=1)   # 2N x d
-    rank, everything = 0, z
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        rank, everything = dist.get_rank(), torch.cat(dist.nn.functional.all_gather(z))
-    logits = z @ everything.T / tau                                  # 2N x 2N (times the number of ranks)
+    everything = gather(z)                                           # 2N * ranks x d
+    first = 2 * N * dist.get_rank() if len(everything) > 2 * N else 0
+    logits = z @ everything.T / tau                                  # 2N x 2N * ranks
     own = torch.arange(2 * N, device=z.device)
-    logits = logits.index_put((own, own + rank * 2 * N), logits.new_tensor(-torch.inf))
-    return F.cross_entropy(logits, own.roll(N) + rank * 2 * N)       # anchor i's positive: the other view of its image
+    logits = logits.index_put((own, own + first), logits.new_full((), -torch.inf))
+    return F.cross_entropy(logits, own.roll(N) + first)              # anchor i's positive: the other view of its image
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
@@ -169,11 +189,12 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 def bn_mse(p: Tensor, z: Tensor) -> Tensor:
     """||BN(p) - stopgrad BN(z)||^2 / d, mean over the batch: Wen & Li's output normalization. [paper]
 
-    p, z: (N, d). BN is BatchNorm over the N rows, without affine parameters or running statistics. The 1/d is
-    ours [reading]: it makes the value 2 - 2 * (mean correlation), the scale of a cosine loss, whatever d is.
+    p, z: (N, d). BN is BatchNorm over the N rows (under torch.distributed over those of all ranks), without affine
+    parameters or running statistics. The 1/d is ours [reading]: it makes the value 2 - 2 * (mean correlation), the
+    scale of a cosine loss, whatever d is.
     """
     def bn(a):
-        return F.batch_norm(_at_least_float32(a), None, None, training=True)
+        return F.batch_norm(gather(_at_least_float32(a)), None, None, training=True)
     return F.mse_loss(bn(p), bn(z.detach()))
 
 
@@ -215,12 +236,12 @@ def share_pruned(head: nn.Module, layer: int = 0) -> float:
     return (columns < 1e-3 * columns.max()).float().mean().item()
 
 
-def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int) -> float:
+def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, wait: bool = True) -> float:
     """The head as a parametric component of the objective, Gupta et al. 2022: `steps` inner steps on phi.
 
     Once the encoder has run, loss_fn() computes the loss from detached h, and optimizer holds phi alone; so the
     encoder, its buffers included, stays as it is. The encoder step that follows holds phi fixed. Returns the loss that the
-    last of the steps started from.
+    last of the steps started from; without `wait` as a tensor, since a float has to wait for the GPU.
     The paper formulates the head as a component of InfoNCE and derives another optimization from it [paper]; ours
     is bilevel [reading]: V(theta) = min over phi of L(theta, phi), by warm-started gradient steps on the same batch.
     Where both levels minimize the same L, as with InfoNCE, dV/dtheta = dL/dtheta at the minimizing phi (the envelope
@@ -234,16 +255,22 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int) -> float:
         loss = loss_fn()
         loss.backward()
         optimizer.step()
-    return loss.item()
+    return loss.item() if wait else loss.detach()
 
 
 # ---------------------------------------------------------------------------- measures
 
 def effective_rank(h: Tensor) -> float:
     """exp(entropy of the normalized singular values) of h (M, D), as RankMe (2210.02885) [paper]; between 1 and D."""
-    s = torch.linalg.svdvals(h.double())
+    h = (h if len(h) > h.shape[1] else h.T).double()
+    s = torch.linalg.eigvalsh(h.T @ h).clamp(min=0).sqrt()     # the singular values, far faster on a GPU
     s = s / s.sum().clamp(min=1e-300)       # all zeros have rank 1
     return torch.special.entr(s).sum().exp().item()
+
+
+def spread(z: Tensor) -> float:
+    """How far the rows of z (M, d) are from one direction: sqrt(1 - ||mean of unit rows||^2); 0 is collapsed, at most 1. [reading]"""
+    return (1 - F.normalize(z.double(), dim=1).mean(dim=0).square().sum()).clamp(min=0).sqrt().item()
 
 
 def alignment(z1: Tensor, z2: Tensor) -> float:

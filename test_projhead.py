@@ -3,10 +3,17 @@
 import copy
 import json
 import math
+import os
+import random
 import re
+import resource
 import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,32 +109,6 @@ def test_negative_cosine_and_bn_mse():
         p.grad = z.grad = None
         loss(p, z).backward()
         assert z.grad is None and p.grad.abs().sum() > 0     # the target is behind a stop-gradient
-
-
-WORKER = """
-import sys, torch, torch.distributed as dist, projhead
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
-x1, x2 = (torch.randn(6, 5, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
-W = (torch.randn(4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + rank * 0).requires_grad_()
-mine = slice(3 * rank, 3 * rank + 3)
-loss = projhead.nt_xent(x1[mine] @ W.T, x2[mine] @ W.T, 0.3)
-loss.backward()
-dist.all_reduce(W.grad); loss = loss.detach(); dist.all_reduce(loss)
-if rank == 0: torch.save([loss / 2, W.grad / 2], sys.argv[3])
-dist.destroy_process_group()
-"""
-
-
-def test_nt_xent_gathers_with_exact_gradients(tmp_path):
-    where = [f"file://{tmp_path}/meet", f"{tmp_path}/out.pt"]
-    workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), *where], cwd=HERE) for rank in range(2)]
-    assert [w.wait(60) for w in workers] == [0, 0]
-    W = randn(4, 5, seed=2).requires_grad_()
-    loss = projhead.nt_xent(randn(6, 5) @ W.T, randn(6, 5, seed=1) @ W.T, 0.3)
-    loss.backward()
-    loss2, grad2 = torch.load(where[1])
-    assert torch.allclose(loss2, loss, atol=1e-12) and torch.allclose(grad2, W.grad, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------- encoders and heads
@@ -236,10 +217,10 @@ def test_inner_steps_move_the_heads_alone_and_encode_once(flags, monkeypatch):
     calls, moved, fit = [], [], projhead.fit_head
     forward = projhead.ConvNet.forward
     monkeypatch.setattr(projhead.ConvNet, "forward", lambda self, x: (calls.append(self), forward(self, x))[1])
-    def watched(loss_fn, optimizer, steps):
+    def watched(loss_fn, optimizer, steps, wait):
         before = {k: v.clone() for k, v in calls[-1].state_dict().items()}
         phi = [p.clone() for group in optimizer.param_groups for p in group["params"]]
-        last = fit(loss_fn, optimizer, steps)
+        last = fit(loss_fn, optimizer, steps, wait)
         moved.append(any(not torch.equal(a, b) for a, b in zip(phi, (p for gr in optimizer.param_groups for p in gr["params"]))))
         assert all(torch.equal(v, before[k]) for k, v in calls[-1].state_dict().items())
         return last
@@ -384,6 +365,14 @@ def test_augment_is_torchvision_image_by_image(seed, size, crop):
 
 
 @pytest.mark.parametrize("size", [32, 96])
+def test_the_ranks_share_one_batch_of_views(size):
+    images = torch.randint(0, 256, (70, 3, size, size), dtype=torch.uint8)
+    whole = train.augment(images, torch.Generator().manual_seed(0))
+    shares = [train.augment(images[35 * r:35 * r + 35], torch.Generator().manual_seed(0), rank=r, ranks=2) for r in range(2)]
+    assert torch.allclose(torch.cat(shares), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [32, 96])
 def test_every_image_gets_its_own_view(size):
     images = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8).expand(32, -1, -1, -1)
     x = train.augment(images, torch.Generator().manual_seed(0))
@@ -412,24 +401,204 @@ def test_every_combination_trains_saves_and_evaluates(head, predictor):
     assert rows[-1]["tap"] == "h untrained" and {"linear shape", "linear hue", "knn20 shape", "rank"} <= rows[0].keys()
 
 
-@pytest.mark.parametrize("flags", ["--head mlp", "--head parametric --inner-steps 2", "--head sparse",
-                                   "--head mlp --predictor mlp --target ema", "--head mlp --predictor offdiag"])
-def test_an_interrupted_run_continues_to_the_same_bits(flags, monkeypatch):
-    whole, save = run(flags + " --epochs 3", "whole"), train.save
-    def dies(path, checkpoint):
+METHODS = ["--head mlp", "--head parametric --inner-steps 2", "--head sparse", "--head mlp --predictor mlp --target ema",
+           "--head mlp --predictor offdiag"]
+
+
+def same_run(a, b):
+    names = [n for n in ("encoder", "head", "predictor", "target") if (n in torch.load(f"{a}/checkpoint.pt"))]
+    bits = [flat(torch.load(f"{r}/checkpoint.pt", weights_only=True), *names) for r in (a, b)]
+    logs = [[json.loads(line) for line in Path(r, "metrics.jsonl").read_text().splitlines()] for r in (a, b)]
+    return torch.equal(*bits) and [line.get("epoch") for line in logs[0]] == [line.get("epoch") for line in logs[1]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("flags", METHODS)
+def test_a_signal_saves_after_the_step_and_the_printed_command_continues(flags, number, monkeypatch, capsys):
+    flags = f"{flags} --limit 40 --batch-size 8 --epochs 2".split()
+    train.train(train.parse_args([*flags, "--out", "whole"]))
+    views, handlers = train.views, [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    def interrupted(images, args, steps, *rest):
+        for step, x in zip(steps, views(images, args, steps, *rest)):
+            if step == 7:                               # in the middle of the second epoch
+                signal.raise_signal(number)
+                assert signal.getsignal(number) == signal.SIG_DFL    # a second one would quit at once
+            yield x
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--out", "parts"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.train(train.parse_args(sys.argv[1:]), interrupted)
+    assert stop.value.code == 128 + number and [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert torch.load("parts/checkpoint.pt", weights_only=True)["step"] == 8 and not same_run("whole", "parts")
+    command = capsys.readouterr().err.split("this continues: ")[1]
+    train.train(train.parse_args(shlex.split(command)[2:]))
+    assert same_run("whole", "parts")
+
+
+def in_a_child(action, seconds=None):
+    """Run it in a forked process; SIGKILL that after `seconds`. Returns whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            action()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return not os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("flags", [METHODS[0], METHODS[1], METHODS[3]])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(flags):
+    def whole(out):
+        run(flags + " --epochs 12", out)
+    began = time.perf_counter()
+    assert in_a_child(lambda: whole("whole"))
+    lasts, moments, kills = time.perf_counter() - began, random.Random(0), 0
+    while kills < 7 or not in_a_child(lambda: whole("parts")):
+        kills += not in_a_child(lambda: whole("parts"), moments.uniform(0, lasts))
+        if same_run("whole", "parts") if Path("parts/checkpoint.pt").exists() else False:
+            shutil.rmtree("parts")                      # it was done: again
+    assert same_run("whole", "parts")
+
+
+@pytest.mark.parametrize("killer", ["fsync", "replace", "replaced"])
+def test_killed_while_it_writes(killer):
+    run("--head mlp --epochs 3", "whole")
+    def dies_at(count):
+        real, calls = getattr(os, killer.removesuffix("d")), []
+        def deadly(*args):
+            calls.append(args)
+            if killer == "replaced":
+                real(*args)
+            if len(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return None if killer == "replaced" else real(*args)
+        setattr(os, killer.removesuffix("d"), deadly)
+        run("--head mlp --epochs 3", "parts")
+    for count in (3, 4, 1, 2):                          # the log's and the checkpoint's, after an epoch and at the start
+        assert not in_a_child(lambda: dies_at(count))
+        for line in Path("parts/metrics.jsonl").read_text().splitlines():
+            json.loads(line)
+        evaluation.load_run("parts")
+    run("--head mlp --epochs 3", "parts")
+    assert same_run("whole", "parts")
+
+
+def test_a_full_disk_loses_nothing(capsys):
+    run("--head mlp --epochs 4", "whole")
+    save, limits = train.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    def full(path, checkpoint):
+        if checkpoint["step"] == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         save(path, checkpoint)
-        if checkpoint["step"] == 2:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(train, "save", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run(flags + " --epochs 3", "parts")
-    monkeypatch.setattr(train, "save", save)
-    parts = run(flags + " --epochs 3", "parts")
-    names = [n for n in whole if n in ("encoder", "head", "predictor", "target")]
-    assert torch.equal(flat(whole, *names), flat(parts, *names))
-    logs = [[json.loads(line) for line in Path(r, "metrics.jsonl").read_text().splitlines()] for r in ("whole", "parts")]
-    assert [line["epoch"] for line in logs[1][1:]] == [1, 2, 3]
-    assert [line["loss"] for line in logs[0][1:]] == [line["loss"] for line in logs[1][1:]]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "save", full)
+        train.main(lambda: run("--head mlp --epochs 4", "parts"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: cannot write parts/checkpoint.pt: File too large") and error.count("\n") == 1
+    assert torch.load("parts/checkpoint.pt", weights_only=True)["step"] == 4 and not list(Path("parts").glob("*.tmp"))
+    run("--head mlp --epochs 4", "parts")
+    assert same_run("whole", "parts")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+HOSTILE = {
+    "code": lambda c: Bomb(),
+    "code inside": lambda c: c | {"extra": Bomb()},
+    "a list": lambda c: [1, 2],
+    "no args": lambda c: {k: v for k, v in c.items() if k != "args"},
+    "no head": lambda c: {k: v for k, v in c.items() if k != "head"},
+    "no step": lambda c: {k: v for k, v in c.items() if k != "step"},
+    "a wild step": lambda c: c | {"step": -7},
+    "a step in words": lambda c: c | {"step": "two"},
+    "args of another kind": lambda c: c | {"args": c["args"] | {"hue": "blue"}},
+    "args out of range": lambda c: c | {"args": c["args"] | {"dim": 10**12}},
+    "args unknown": lambda c: c | {"args": c["args"] | {"shell": "ls"}},
+    "a missing key": lambda c: c | {"encoder": {k: v for k, v in c["encoder"].items() if k != "0.weight"}},
+    "another shape": lambda c: c | {"encoder": c["encoder"] | {"0.weight": torch.zeros(16, 3, 5, 5)}},
+    "an encoder of words": lambda c: c | {"encoder": "resnet"},
+    "another arch": lambda c: c | {"encoder": projhead.encoder("resnet18").state_dict()},
+    "another head": lambda c: c | {"head": projhead.LinearHead(128).state_dict()},
+    "another arch in args": lambda c: c | {"args": c["args"] | {"encoder": "resnet18"}},
+}
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "cut short", "empty", "noise", "an optimizer of another shape"])
+def test_a_hostile_checkpoint_is_refused_in_one_line(name, capsys, monkeypatch):
+    checkpoint, path = run("--head mlp --epochs 1"), Path("run/checkpoint.pt")
+    whole = path.read_bytes()
+    if name in HOSTILE:
+        torch.save(HOSTILE[name](checkpoint), path)
+    elif name.startswith("an optimizer"):
+        checkpoint["optimizer_f"]["state"][0]["momentum_buffer"] = torch.zeros(2)
+        torch.save(checkpoint, path)
+    else:
+        path.write_bytes({"cut short": whole[:len(whole) // 2], "empty": b"", "noise": random.Random(0).randbytes(5000)}[name])
+    before = path.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["eval.py", "run"])
+    actions = [lambda: run("--head mlp --epochs 1")] + [evaluation.main] * (not name.startswith("an optimizer"))
+    if "optimizer" in name or name in ("no head", "a missing key", "another shape", "an encoder of words", "another arch", "another head"):
+        actions[0] = lambda: run("--head mlp --epochs 1", "run") if not path.exists() else train.restore(
+            torch.load(path), {"encoder": projhead.encoder("convnet"), "head": projhead.MLP(128), "optimizer_f": torch.optim.SGD(
+                projhead.encoder("convnet").parameters(), 0.1)}, path)
+    for action in actions:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train.main(action)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert path.read_bytes() == before and not Path("ran").exists()
+
+
+def test_eval_reads_whole_checkpoints_of_a_run_that_is_being_written():
+    checkpoint = run("--head mlp")
+    def filled(value):
+        return checkpoint | {"encoder": {k: torch.full_like(v, value) for k, v in checkpoint["encoder"].items()}}
+    def writes():
+        for i in range(10**6):
+            train.save(Path("run/checkpoint.pt"), filled(i % 2))
+    train.save(Path("run/checkpoint.pt"), filled(0))
+    reader, seen = os.getpid(), set()
+    writer = os.fork()
+    if writer == 0:
+        try:
+            writes()
+        finally:
+            os._exit(1)
+    for _ in range(60):
+        values = flat({"encoder": evaluation.load_run("run").encoder.state_dict()}, "encoder")[:-1].unique()
+        assert len(values) == 1
+        seen.add(values.item())
+    os.kill(writer, signal.SIGKILL), os.waitpid(writer, 0)
+    assert seen == {0.0, 1.0} and reader == os.getpid()
+
+
+def test_out_of_memory_names_the_batch_size(monkeypatch, capsys):
+    def forward(self, x):
+        return torch.empty(2**60)                       # the CPU allocator's own error
+    monkeypatch.setattr(projhead.ConvNet, "forward", forward)
+    monkeypatch.setattr(sys, "argv", "train.py --head mlp --limit 16 --batch-size 16 --out run".split())
+    with pytest.raises(SystemExit) as stop:
+        train.main(train.run)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error == "error: out of memory with --batch-size 16: try --batch-size 8\n"
+
+
+def test_a_collapsing_run_warns_once_and_goes_on(capsys):
+    run("--predictor identity --loss cosine --projector-bn no --lr 10 --limit 40 --epochs 30")
+    error = capsys.readouterr().err
+    assert error.startswith("warning: the features collapse: their spread is 0.0") and error.count("\n") == 1
 
 
 def test_ema_is_an_average_and_keeps_its_own_buffers():
@@ -440,6 +609,84 @@ def test_ema_is_an_average_and_keeps_its_own_buffers():
     assert not torch.equal(slow["0.2.running_mean"], untrained["0.2.running_mean"])
     b = run("--head mlp --predictor mlp --target ema --ema 0 --epochs 1", "b")     # momentum 0 and then 1/2: in between
     assert not torch.equal(b["target"]["0.0.weight"], b["encoder"]["0.weight"])
+
+
+RANK_WORKER = """
+import sys, torch, train
+build, augment = train.build, train.augment     # in float64, where rounding does not grow into a difference
+train.build = lambda args: [m.double() for m in build(args)]
+train.augment = lambda *args: augment(*args).double()
+train.load_dataset = lambda *_: train.draw_shapes(40, 1)
+for number, flags in enumerate(sys.argv[2:]):
+    train.train(train.parse_args([*flags.split(), "--out", f"{sys.argv[1]}{number}"]))
+if train.RANKS > 1: torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    """5 steps of 8 images, on gloo: the number of processes changes the speed, not the result."""
+    common = "--limit 40 --batch-size 8 --epochs 1 --lr 3 --warmup 0 "
+    flags = [common + f for f in ("--head mlp", "--head parametric --inner-steps 2", "--head sparse",
+                                  "--head mlp --predictor mlp --target ema", "--head linear --predictor offdiag")]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    def start(out, **env):
+        return subprocess.Popen([sys.executable, "-c", RANK_WORKER, out, *flags], cwd=tmp_path,
+                                env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"} | env)
+    workers = [start("two", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+               for rank in "01"] + [start("one")]
+    assert [w.wait(120) for w in workers] == [0, 0, 0]
+    for number in range(len(flags)):
+        one, two = (torch.load(f"{name}{number}/checkpoint.pt", weights_only=True) for name in ("one", "two"))
+        names = [n for n in one if n in ("encoder", "head", "predictor", "target")]
+        untrained = dict(zip(names, map(nn.Module.state_dict, train.build(train.argparse.Namespace(**one["args"])))))
+        assert one["step"] == two["step"] == 5
+        assert (flat(one, "encoder") - flat(untrained, "encoder")).abs().max() > 0.01
+        assert torch.allclose(flat(one, *names), flat(two, *names), rtol=0, atol=1e-10), flags[number]
+        a, b = ([json.loads(line) for line in Path(f"{name}{number}/metrics.jsonl").read_text().splitlines()] for name in ("one", "two"))
+        assert b[0]["processes"] == 2 and len(b) == 2
+        for key in ("loss", "rank_h", "rank_z", "spread_z"):
+            assert a[1][key] == pytest.approx(b[1][key], abs=2e-6), key
+
+
+def test_a_batch_that_does_not_divide_over_the_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(train, "RANKS", 2)
+    with pytest.raises(train.UserError, match="15 does not divide evenly over 2 processes"):
+        train.parse_args(["--batch-size", "15"])
+
+
+class NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
+    """Refuses what would make the host wait for a device, "meta" standing in for a GPU; reading a value of it raises anyway."""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        to_host = func is torch.ops.aten._to_copy.default and not kwargs.get("non_blocking")
+        built_there = func is torch.ops.aten.lift_fresh.default and args[0].device.type == "meta"
+        if built_there or to_host and torch.device(kwargs.get("device") or args[0].device) != args[0].device:
+            raise AssertionError(f"{func} waits")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("flags", ["--head parametric", "--head sparse --predictor offdiag", "--predictor mlp", "--dataset stl10 --encoder resnet18"])
+def test_nothing_in_a_step_waits_for_the_device(flags):
+    args = train.parse_args(flags.split())
+    f, g, q = (m.to("meta") for m in train.build(args))
+    images = torch.zeros(100, 3, args.image_size, args.image_size, dtype=torch.uint8, device="meta")
+    optimizer = torch.optim.SGD([*g.parameters(), *q.parameters()], 0.1, momentum=0.9)
+    with NoWaiting():
+        for x in train.views(images, args, range(2), 2, 50, torch.device("meta")):
+            h = f(x)
+            def objective():
+                z = g(h.detach())
+                loss = {"infonce": projhead.nt_xent, "bn": projhead.bn_mse, "cosine": projhead.negative_cosine}[args.loss](*q(z).chunk(2))
+                return loss + projhead.sparsity(g) if args.sparsity else loss
+            assert projhead.fit_head(objective, optimizer, 2, wait=False).device.type == "meta"
+        with pytest.raises(AssertionError):
+            h.new_tensor([1.0])
+        with pytest.raises(AssertionError):
+            torch.zeros(1).to("meta")
+    with pytest.raises(RuntimeError):
+        projhead.fit_head(objective, optimizer, 2)
 
 
 def test_training_does_not_read_labels(monkeypatch):
@@ -467,9 +714,11 @@ def test_a_set_smaller_than_a_batch_is_one_batch():
 def test_metrics_and_checkpoint_say_what_was_run():
     run("--head sparse --predictor offdiag --inner-steps 1", "m")
     first, *epochs = [json.loads(line) for line in Path("m/metrics.jsonl").read_text().splitlines()]
-    assert {"command", "args", "torch", "torchvision", "python", "device", "threads", "images"} == first.keys()
-    keys = {"epoch", "step", "loss", "inner_loss", "lr", "rank_h", "rank_z", "offdiag", "penalty", "pruned", "seconds", "views_per_s"}
+    assert {"command", "args", "torch", "torchvision", "python", "device", "processes", "threads", "images"} == first.keys()
+    keys = {"epoch", "step", "loss", "inner_loss", "lr", "rank_h", "rank_z", "spread_h", "spread_z", "offdiag", "penalty", "pruned",
+            "seconds", "views_per_s", "overhead", "memory"}
     assert all(line.keys() == keys for line in epochs) and epochs[1]["offdiag"] > 0
+    assert all(0 < line["overhead"] < 1 and 0.01 < line["memory"] < 1000 for line in epochs)
     readme = (HERE / "README.md").read_text()
     for key in keys | first.keys():
         assert f"`{key}`" in readme, f"README.md does not explain {key}"
@@ -546,7 +795,7 @@ def test_shapes_are_drawn_the_same_and_apart():
     assert not torch.equal(a, train.draw_shapes(64, seed=2)[0])
 
 
-def test_folder_with_and_without_classes(tmp_path):
+def test_folder_with_and_without_classes(tmp_path, monkeypatch):
     from PIL import Image
     for i in range(10):
         place = tmp_path / "pictures" / "cat dog".split()[i % 2]
@@ -566,10 +815,81 @@ def test_folder_with_and_without_classes(tmp_path):
             Image.new("RGB", (8, 8)).save(split / part / c / "1.png")
     assert sorted(train.load_dataset("folder", split)[1].tolist()) == [0, 1, 2]
     assert sorted(train.load_dataset("folder", split, train=False)[1].tolist()) == [0, 2]
-    run(f"--dataset folder --data {tmp_path}/pictures --image-size 24 --encoder convnet --limit 8 --head mlp")
+    folder = f"--dataset folder --data {tmp_path}/pictures --image-size 24 --encoder convnet --limit 8 --head mlp"
+    resident = run(folder)
     assert "linear" in evaluation.table(evaluation.load_run("run"))[0]
     run(f"--dataset folder --data {tmp_path}/pictures/cat --encoder convnet --limit 4 --batch-size 4 --head mlp", "b")
     assert "linear" not in evaluation.table(evaluation.load_run("b"))[0]
+    rows = evaluation.table(evaluation.load_run("run"))
+    monkeypatch.setattr(train, "IN_MEMORY", 0)          # decoded in each epoch, by workers or not: the same bits
+    for workers in (0, 2):
+        assert isinstance(train.load_dataset("folder", tmp_path / "pictures")[0], train.Folder)
+        assert torch.equal(flat(run(f"{folder} --workers {workers}", f"stream{workers}")), flat(resident))
+    assert evaluation.table(evaluation.load_run("run")) == rows
+
+
+def pictures(folder, good, bad=0):
+    from PIL import Image
+    Path(folder).mkdir()
+    for i in range(good + bad):
+        Image.new("RGB", (12, 9), (i % 256, 90, 40)).save(f"{folder}/{i:03}.png")
+        if i >= good:
+            Path(f"{folder}/{i:03}.png").write_bytes(Path(f"{folder}/{i:03}.png").read_bytes()[:40])
+
+
+def test_what_an_image_can_be():
+    from PIL import Image
+    pictures("all", 0)
+    x = torch.arange(16 * 20).view(16, 20) * 200
+    Image.frombytes("I;16", (20, 16), bytes(b for v in x.flatten().tolist() for b in (v % 256, v // 256))).save("all/deep.png")
+    Image.new("L", (1, 1), 77).save("all/tiny.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6                                    # to be turned by a quarter
+    half = Image.new("RGB", (40, 40))
+    half.paste((255, 255, 255), (0, 0, 40, 20))
+    half.save("all/turned.jpg", exif=exif)
+    for mode in ("1", "LA", "P", "RGBA", "CMYK", "F"):
+        Image.new(mode, (33, 70)).save(f"all/{mode}.{'tiff' if mode in 'CMYKF' else 'png'}")
+    read = {f.name: train.read_image(f, 16) for f in Path("all").iterdir()}
+    assert len(read) == 9 and all(v.shape == (3, 16, 16) and v.dtype == torch.uint8 for v in read.values())
+    assert torch.equal(read["tiny.png"], torch.full((3, 16, 16), 77, dtype=torch.uint8))
+    assert (read["deep.png"][0].float() - F.interpolate(x[None, None] / 257, (16, 20))[0, 0, :, 2:18]).abs().max() < 2
+    assert read["turned.jpg"][:, :, 10:].float().mean() > 250 and read["turned.jpg"][:, :, :6].float().mean() < 5
+
+
+@pytest.mark.parametrize("memory", [2**30, 0])
+def test_a_bad_image_is_skipped_and_named_once(memory, monkeypatch, capsys):
+    monkeypatch.setattr(train, "IN_MEMORY", memory)
+    pictures("few", 248, 2)
+    Path("few/249.png").unlink(), Path("few/249.png").symlink_to("nowhere")      # one cut short, one dangling link
+    train.train(train.parse_args("--dataset folder --data few --encoder convnet --head mlp --batch-size 99 --epochs 3 --out run".split()))
+    error, log = capsys.readouterr().err, [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    known = sum(f"few/{i}.png" in error for i in (248, 249))
+    assert known and error.count("skipped few/") == error.count("\n") == known and log[-1]["skipped"] == known
+    evaluation.table(evaluation.load_run("run"))
+    error = capsys.readouterr().err
+    assert 1 <= error.count("skipped few/") == len(set(error.splitlines())) <= 2
+
+
+@pytest.mark.parametrize("memory", [2**30, 0])
+def test_many_bad_images_stop_the_run(memory, monkeypatch, capsys):
+    monkeypatch.setattr(train, "IN_MEMORY", memory)
+    pictures("half", 20, 20)
+    with pytest.raises(train.UserError, match="images cannot be read, over 1 % of the folder, the last half/0"):
+        run("--dataset folder --data half --encoder convnet --head mlp")
+    assert not Path("run/metrics.jsonl").exists() or len(Path("run/metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_two_images_in_all():
+    pictures("two", 3)                                  # and one that is kept for testing, were there five
+    assert run("--dataset folder --data two --encoder convnet --head mlp --limit 2")["step"] == 2
+
+
+def test_labels_out_of_range(monkeypatch):
+    broken = train.argparse.Namespace(data=torch.zeros(3, 32, 32, 3, dtype=torch.uint8).numpy(), targets=[0, 10, 3], classes=range(10))
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda *_, **__: broken)
+    with pytest.raises(train.UserError, match="labels out of range: 0 to 10"):
+        train.load_dataset("cifar10")
 
 
 BAD = """
@@ -617,6 +937,44 @@ def test_bad_input_is_one_line_and_loses_nothing(flags, monkeypatch, capsys):
     assert {f: f.read_bytes() for f in Path(".").rglob("*") if f.is_file()} == before
 
 
+def test_random_values_for_every_flag_are_taken_or_refused_in_one_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    flags = sorted(set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"})
+    values = ["", "-1", "0", "1", "2", "0.5", "1e-9", "nan", "inf", "-inf", "1e999", "1e308", "1" + 40 * "0", "0x10", "mlp", "none", "ä", "a b",
+              "--", "%s", "None", "True", "[]", "../..", "~"]
+    draw, refused, messages = random.Random(0), 0, set()
+    for _ in range(1500):
+        words = [w for flag in draw.sample(flags, draw.randint(1, 3)) for w in (flag, draw.choice(values))]
+        try:
+            args = train.parse_args(words)              # any other exception is a bug of ours
+            assert args.epochs >= 1 and args.batch_size >= 2 and 0 <= args.hue <= 0.5 and math.isfinite(args.lr), words
+            assert args == train.parse_args(words)
+        except train.UserError as e:
+            refused += 1
+            messages.add(str(e))
+            assert "\n" not in str(e) and str(e), words
+    assert len(flags) > 30 and 500 < refused < 1500 and len(messages) > 200
+    before = sorted(Path(".").rglob("*"))
+    for words in (["--out", "x" * 300], ["--out", "/proc/nothing/here"], ["--data", "x" * 300, "--dataset", "folder"], ["--device", "ä"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(lambda: train.train(train.parse_args(words)))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, (words, error)
+    assert sorted(Path(".").rglob("*")) == before
+
+
+def test_the_benchmark_prints_its_ratios(monkeypatch, capsys):
+    before = sorted(Path(".").rglob("*"))
+    for flags in ("--head mlp", "--head none --workers 0"):
+        train.benchmark(train.parse_args(f"{flags} --limit 16 --batch-size 8 --benchmark".split()))
+        out = capsys.readouterr().out
+        ratios = re.findall(r"([\d.]+) (?:times|of it)", out)
+        assert len(ratios) == 3 + ("--inner-steps 5" in out) and all(float(r) > 0 for r in ratios), out
+        assert ("--inner-steps 5" in out) == ("mlp" in flags) and out.count("views/s") == 5
+    assert sorted(Path(".").rglob("*")) == before
+
+
 @pytest.mark.parametrize("words", ["", "nowhere", "empty", "broken", "run --device cuda:99", "run --k 0", "run --wrong"])
 def test_eval_refuses_in_one_line(words, monkeypatch, capsys):
     Path("empty").mkdir(), Path("broken").mkdir()
@@ -634,7 +992,8 @@ def test_a_diverging_run_stops_and_keeps_what_it_has(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(lambda: run("--head none --lr 1e30 --warmup 0 --epochs 3"))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: the loss is nan") and error.count("\n") == 1
+    assert stop.value.code == 2 and re.match(r"error: the loss is (nan|inf) in step 2, at a learning rate of 2\.92e\+28: .*\n$", error), error
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 0
     assert flat(torch.load("run/checkpoint.pt", weights_only=True)).isfinite().all()
 
 

@@ -6,23 +6,30 @@
     python train.py --dataset cifar10 --encoder convnet --limit 10000 --epochs 10 --head sparse      # minutes on a CPU
     python train.py --dataset cifar10 --predictor offdiag    # Wen & Li's prediction head, a non-contrastive loss
     python train.py --dataset cifar10 --predictor mlp --target ema     # BYOL; --target stopgrad is SimSiam
+    torchrun --nproc-per-node 8 train.py --dataset cifar10   # many GPUs: faster, to the same result
 
 A run is a folder, runs/NAME: checkpoint.pt and metrics.jsonl, whose keys README.md explains. The same command
 continues an interrupted run. Then: python eval.py.
 """
 import argparse
+import collections
 import contextlib
 import copy
+import io
 import json
 import math
 import os
 import random
 import shlex
+import signal
+import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -32,6 +39,11 @@ from projhead import HEADS, PREDICTORS
 
 SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "folder": 64}
 ENCODERS = ["convnet", "resnet18", "resnet34", "resnet50"]
+IN_MEMORY = 4 * 2**30       # bytes: a folder of images is decoded once if it is no larger than this, else in each epoch
+SKIPPED = set()             # the paths of the images of a folder that could not be read
+RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (int(os.environ.get(name, default)) for name, default in (   # torchrun sets these
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+WORKERS = min(16, os.cpu_count() // LOCAL_RANKS)
 
 
 class UserError(Exception):
@@ -92,7 +104,7 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv=None) -> argparse.Namespace:
     """The arguments, each flag that was not given filled in from recommended(). Raises UserError where they clash."""
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    many, share = number(int, 1), number(float, 0, 1)
+    many, width, share = number(int, 1), number(int, 1, 2**14), number(float, 0, 1)
     p.add_argument("--head", choices=HEADS, help="projection head (default: parametric; with a predictor mlp)")
     p.add_argument("--predictor", choices=["none", *PREDICTORS], default="none", help="prediction head; none: contrastive")
     p.add_argument("--loss", choices=["infonce", "cosine", "bn"], help="default: infonce; with a predictor bn or cosine")
@@ -106,8 +118,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--sparsity", type=number(float, 0), metavar="LAMBDA", help="weight of the sparsity penalty; 0: off")
     p.add_argument("--sparsity-norm", choices=["l21", "l21-out", "l1", "l21-plain"], help="see projhead.sparsity")
     p.add_argument("--sparsity-layer", type=number(int, 0), help="which Linear of the head (default: 0, the first)")
-    p.add_argument("--dim", type=many, help="width of z (default: 128)")
-    p.add_argument("--hidden", type=many, help="hidden width of the head (default: twice that of h)")
+    p.add_argument("--dim", type=width, help="width of z (default: 128)")
+    p.add_argument("--hidden", type=width, help="hidden width of the head (default: twice that of h)")
     p.add_argument("--dataset", choices=SIZES, default="shapes", help="shapes is drawn here; cifar10, cifar100, stl10 download")
     p.add_argument("--data", default="data", metavar="DIR", help="where the data set lies (default: data)")
     p.add_argument("--limit", type=number(int, 2), metavar="N", help="only the first N training images")
@@ -125,6 +137,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--seed", type=number(int, 0, 10**6), default=0)
     p.add_argument("--device", help="default: cuda where there is one, else cpu")
     p.add_argument("--compile", action="store_true", help="torch.compile the encoder: slower start, faster steps")
+    p.add_argument("--workers", type=number(int, 0, 256), help="processes that decode a folder's images (default: one per core, at most 16)")
+    p.add_argument("--benchmark", action="store_true", help="train for a moment to print speeds, and keep nothing")
     p.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/NAME, made of the flags)")
     args = p.parse_args(argv)
 
@@ -165,6 +179,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     name += [f"{flag}{getattr(args, flag)}".replace("_", "-") for flag in ["limit"] * bool(args.limit) + changed]
     args.out = args.out or os.path.join("runs", "-".join([*name, f"seed{args.seed}"]))
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.workers = WORKERS if args.workers is None else args.workers
+    if args.batch_size % RANKS:
+        raise UserError(f"--batch-size {args.batch_size} does not divide evenly over {RANKS} processes")
     return args
 
 
@@ -175,7 +192,8 @@ def load_dataset(name: str, root="data", train: bool = True, size: int = 64) -> 
 
     cifar10, cifar100 and stl10 (whose training part includes the unlabelled images) are downloaded to root when
     absent. folder is root/train and root/test, or, without these, root with each fifth image for testing; its images
-    are resized to size and cropped to a square; subfolders, if any, are classes. Raises UserError.
+    are resized to size and cropped to a square; subfolders, if any, are classes. What of it cannot be read is left out
+    and named on stderr. Above IN_MEMORY bytes the images are a Folder, to be read by batches(). Raises UserError.
     """
     if name == "shapes":
         return draw_shapes(10_000, seed=1) if train else draw_shapes(4_000, seed=2)
@@ -194,35 +212,105 @@ def load_dataset(name: str, root="data", train: bool = True, size: int = 64) -> 
         if there:
             raise UserError(f"{Path(root) / folder} is incomplete or corrupt ({why}); remove it to download again") from None
         raise UserError(f"no {folder} in {root}, and no download ({why}); name its folder by --data, or use --dataset shapes") from None
-    images = torch.as_tensor(data.data)
+    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.labels if name == "stl10" else data.targets).long()
     if name != "stl10":
         images = images.permute(0, 3, 1, 2).contiguous()
-    return images, torch.as_tensor(data.labels if name == "stl10" else data.targets).long()
+    if labels.min() < -1 or labels.max() >= len(data.classes):
+        raise UserError(f"{Path(root) / folder} has labels out of range: {labels.min()} to {labels.max()}")
+    return images, labels
 
 
-def load_folder(root: Path, train: bool, size: int) -> tuple[Tensor, Tensor]:
+class Folder(torch.utils.data.Dataset):
+    """Images to be decoded when they are asked for: uint8 (3, size, size) each, resized and cropped to a square.
+
+    folder[i] is (image, bad) with bad = {}, or, where image i cannot be read, the next one that can and {i: why}.
+    folder[slice or mask or indices] is a Folder. `bad` collects the numbers that batches() has met.
+    """
+
+    def __init__(self, paths: list[Path], size: int, allowed: float):
+        self.paths, self.size, self.allowed, self.bad = paths, size, allowed, set()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        if not isinstance(i, int):
+            return Folder([self.paths[j] for j in torch.arange(len(self))[i].tolist()], self.size, self.allowed)
+        bad = {}
+        while len(bad) <= min(self.allowed, len(self)):  # beyond that batches() stops
+            try:
+                return read_image(self.paths[i], self.size), bad
+            except Exception as e:                      # Pillow raises many kinds
+                bad[i] = f"{type(e).__name__}: {e}".split("\n")[0]
+                i = (i + 1) % len(self)
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), bad
+
+    @staticmethod
+    def collate(items):
+        return torch.stack([image for image, _ in items]), {i: why for _, bad in items for i, why in bad.items()}
+
+    @staticmethod
+    def work(_):                            # signals are for the main process, which ends its workers
+        signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def read_image(path: Path, size: int) -> Tensor:
     from PIL import Image, ImageOps         # Pillow comes with torchvision
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):      # 16 bits, which Pillow would clip
+            x = torchvision.transforms.functional.pil_to_tensor(image.convert("I")) // 257
+            image = torchvision.transforms.functional.to_pil_image(x.clamp(0, 255).to(torch.uint8))
+        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    return torchvision.transforms.functional.pil_to_tensor(image)
+
+
+def batches(images, indices, device, workers: int = 0):
+    """images[i] for each i of `indices`, index tensors (N,), as uint8 (N, 3, S, S) on the device.
+
+    images is a tensor, or a Folder, which worker processes decode ahead of time. Names each unreadable image once on
+    stderr; raises UserError when they are above 1 % of the folder.
+    """
+    if isinstance(images, Tensor):
+        yield from (images[i.to(images.device, non_blocking=True)].to(device, non_blocking=True) for i in indices)
+        return
+    for batch, bad in torch.utils.data.DataLoader(
+            images, batch_sampler=(i.tolist() for i in indices), collate_fn=Folder.collate, num_workers=workers,
+            worker_init_fn=Folder.work, prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda"):
+        images.bad |= bad.keys()
+        for i, why in bad.items():
+            if len(images.bad) > images.allowed:
+                raise UserError(f"{len(images.bad)} images cannot be read, over 1 % of the folder, the last {images.paths[i]}: {why}")
+            if images.paths[i] not in SKIPPED:
+                print(f"skipped {images.paths[i]}: {why}", file=sys.stderr)
+            SKIPPED.add(images.paths[i])
+        yield batch.to(device, non_blocking=True)
+
+
+def load_folder(root: Path, train: bool, size: int):
     if not root.is_dir():
         raise UserError(f"no folder {root}: name one of images by --data, or use --dataset shapes")
     split = (root / "train").is_dir() and (root / "test").is_dir()
     base = root / ("train" if train else "test") if split else root
     paths = sorted(f for f in base.rglob("*") if f.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS)
     random.Random(0).shuffle(paths)         # so that the first N are of all classes
+    allowed = 0.01 * len(paths)
+    if train:
+        SKIPPED.clear()
     if not split:
         paths = [f for i, f in enumerate(paths) if (i % 5 == 4) != train]
     if not paths:
         raise UserError(f"no images in {base}" + ("" if split or train else ": five are needed for one to test on"))
     top = root / "train" if split else root
     classes = {name: i for i, name in enumerate(sorted(d.name for d in top.iterdir() if d.is_dir()))}
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    for i, path in enumerate(paths):
-        try:
-            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-        except Exception as e:
-            raise UserError(f"cannot read {path}: {e}") from None
-        images[i] = torchvision.transforms.functional.pil_to_tensor(image)
-    return images, torch.tensor([classes.get(f.relative_to(base).parts[0], -1) for f in paths])
+    labels = torch.tensor([classes.get(f.relative_to(base).parts[0], -1) for f in paths])
+    images = Folder(paths, size, allowed)
+    if len(paths) * 3 * size**2 > IN_MEMORY:
+        return images, labels
+    numbers = torch.arange(len(paths)).split(64)
+    everything = torch.cat(list(batches(images, numbers, torch.device("cpu"), WORKERS if len(paths) > 1000 else 0)))
+    good = torch.tensor([i not in images.bad for i in range(len(paths))])
+    return everything[good], labels[good]
 
 
 def draw_shapes(M: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -248,22 +336,20 @@ def draw_shapes(M: int, seed: int) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------------------- augmentation: in batch, per image
 
-def augment(images: Tensor, generator: torch.Generator, crop_scale=0.2, hue=0.1, grayscale=0.1) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator, crop_scale=0.2, hue=0.1, grayscale=0.1, rank=0, ranks=1) -> Tensor:
     """One random view per image by SimCLR's augmentation: uint8 (N, 3, S, S) -> normalized float32 (N, 3, S, S).
 
     Crop of crop_scale to 1 of the area, resized back; flip; with probability 0.8 brightness, contrast and saturation
     by a factor in 0.6 to 1.4 and a hue shift up to +-hue turns; gray with probability grayscale; above 64 px a
     Gaussian blur with probability 0.5. Each is torchvision's own definition, but for floats and in batch: every
     parameter is drawn per image, only the order of the four colour operations once per call.
-    Drawn on the generator's device; with a CPU generator the views are the same on every device.
+    Drawn on the generator's device; with a CPU generator the views are the same on every device. The images may be
+    the share of one rank: then the parameters are that share of those of the whole batch.
     """
     N, S, device = len(images), images.shape[-1], images.device
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(*shape, N, generator=generator, device=generator.device)
-    def ready(*parameters):                 # -> (N, 1, 1, 1) on the images' device
-        return torch.stack(parameters).to(device, non_blocking=True)[..., None, None, None]
-
-    # Crop, flip and resize are two matrices per image, one for the rows and one for the columns.
+        drawn = torch.rand(*shape, N * ranks, generator=generator, device=generator.device)
+        return low + (high - low) * drawn[..., rank * N:(rank + 1) * N]
     area, ratio = uniform(crop_scale, 1, 10) * S * S, uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
     heights, widths = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (heights <= S) & (widths <= S)               # the first of ten tries that fits, else all of the image
@@ -271,33 +357,43 @@ def augment(images: Tensor, generator: torch.Generator, crop_scale=0.2, hue=0.1,
     height, width = (torch.where(fits.any(0), a.gather(0, first)[0].clamp(min=1), S) for a in (heights, widths))
     top, left = ((uniform(0, 1) * (S - a + 1)).floor() for a in (height, width))
     flip = (uniform(0, 1) < 0.5).float()
-    top, height, left, width, flip = ready(top, height, left, width, flip)[..., 0]   # N x 1 x 1 each
+    applied = (uniform(0, 1) < 0.8).float()
+    factors, shift = 1 + applied * uniform(-0.4, 0.4, 3), applied * uniform(-hue, hue)
+    gray = (uniform(0, 1) < grayscale).float()
+    order = torch.randperm(4, generator=generator, device=generator.device).tolist()
+    blurred, sigma = ((uniform(0, 1) < 0.5).float(), uniform(0.1, 2)) if S > 64 else (gray, gray)
+    drawn = torch.stack([top, height, left, width, flip, sigma, *factors, shift, gray, blurred])
+    drawn = drawn.to(device, non_blocking=True)[..., None, None, None]                    # 12 x N x 1 x 1 x 1
+    at_once = N if device.type == "cuda" else 64        # on a CPU small parts that stay in its cache: twice as fast
+    return torch.cat([view(*part, order) for part in zip(images.split(at_once), drawn.split(at_once, dim=1))])
+
+
+def view(images: Tensor, parameters: Tensor, order: list[int]) -> Tensor:
+    """The views that `parameters` (12, N, 1, 1, 1) describe; order: of brightness, contrast, saturation, hue."""
+    N, S = len(images), images.shape[-1]
+    top, height, left, width, flip, sigma = parameters[:6, :, 0]                          # N x 1 x 1 each
+    brightness, contrast, saturation, shift, gray, blurred = parameters[6:]               # N x 1 x 1 x 1 each
+    # Crop, flip and resize are two matrices per image, one for the rows and one for the columns.
     rows, columns = resize_matrix(top, height, S, S), resize_matrix(left, width, S, S)
     columns = torch.where(flip > 0, columns.flip(1), columns)
     x = images.to(torch.float32) / 255
     x = rows[:, None] @ (x.reshape(N, 3 * S, S) @ columns.mT).reshape(N, 3, S, S)
-
-    applied = (uniform(0, 1) < 0.8).float()
-    b, c, s, shift, gray = ready(*(1 + applied * uniform(-0.4, 0.4, 3)), applied * uniform(-hue, hue),
-                                 (uniform(0, 1) < grayscale).float())
-    jitter = [lambda x: x.mul_(b).clamp_(0, 1),
-              lambda x: to_gray(x).mean(dim=(1, 2, 3), keepdim=True).lerp(x, c).clamp_(0, 1),
-              lambda x: to_gray(x).lerp(x, s).clamp_(0, 1),
+    jitter = [lambda x: x.mul_(brightness).clamp_(0, 1),
+              lambda x: to_gray(x).mean(dim=(1, 2, 3), keepdim=True).lerp(x, contrast).clamp_(0, 1),
+              lambda x: to_gray(x).lerp(x, saturation).clamp_(0, 1),
               lambda x: shift_hue(x, shift)]
-    for i in torch.randperm(4, generator=generator, device=generator.device).tolist():
+    for i in order:
         x = jitter[i](x)
     x = x.lerp_(to_gray(x), gray)
     if S > 64:
-        blurred = (uniform(0, 1) < 0.5).float()
-        sigma, blurred = ready(uniform(0.1, 2), blurred)
-        kernel = blur_matrix(sigma[..., 0], S)
+        kernel = blur_matrix(sigma, S)
         x = torch.lerp(x, kernel[:, None] @ x @ kernel[:, None].mT, blurred)
     return normalize(x)
 
 
 def normalize(x: Tensor) -> Tensor:
     """(x - mean) / std with ImageNet's channel means and deviations, for every data set: x in [0, 1], (N, 3, S, S)."""
-    mean, std = x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225])
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).to(x.device, x.dtype, non_blocking=True)
     return (x - mean[:, None, None]) / std[:, None, None]
 
 
@@ -327,7 +423,7 @@ def to_gray(x: Tensor) -> Tensor:
 
 def hsv_to_rgb(h: Tensor, chroma: Tensor, value: Tensor) -> Tensor:
     """h in sixths of a turn, chroma = value * saturation: (N, H, W) each -> (N, 3, H, W)."""
-    k = torch.remainder(h[:, None] + h.new_tensor([5, 3, 1])[:, None, None], 6)
+    k = torch.remainder(h[:, None] + torch.arange(5, 0, -2, device=h.device)[:, None, None], 6)
     return value[:, None] - chroma[:, None] * (2 - (k - 2).abs()).clamp(0, 1)
 
 
@@ -371,24 +467,50 @@ def build(args) -> tuple[nn.Module, nn.Module, nn.Module]:
     return f, g, q
 
 
-def save(path: Path, checkpoint: dict) -> None:
-    """Write all of it or nothing: to a temporary file beside, synced to disk, then renamed."""
+def write(path: Path, data) -> None:
+    """Replace the file by these bytes or leave it as it is: to a temporary file beside, synced to disk, then renamed."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def load(path: Path, device="cpu") -> dict:
-    """The checkpoint at path, without running anything that it holds. Raises UserError."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        checkpoint["args"], checkpoint["step"], checkpoint["encoder"]
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as e:                                # a full disk
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {e.strerror}; what it held before is as it was") from None
+
+
+def save(path: Path, checkpoint: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write(path, buffer.getbuffer())
+
+
+def load(path: Path) -> dict:
+    """The checkpoint at path, on the CPU, without running anything that it holds. Raises UserError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        args, step = checkpoint["args"], checkpoint["step"]
+        flags = {k: v for k, v in args.items() if v is not None and v is not False and (k != "image_size" or args["dataset"] == "folder")}
+        parsed = vars(parse_args([f"--{k.replace('_', '-')}" + (f"={v}" if v is not True else "") for k, v in flags.items()]))
+        if not args.items() <= parsed.items() or not isinstance(step, int) or step < 0:
+            raise ValueError
     except Exception as e:
         raise UserError(f"{path} is not a checkpoint of ours ({type(e).__name__})") from None
-    return checkpoint
+    return {**checkpoint, "args": parsed}
+
+
+def restore(checkpoint: dict, parts: dict, path: Path) -> None:
+    """Load the states of the modules and optimizers of `parts`. Raises UserError where one is missing or does not fit."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+            for p, state in getattr(part, "state", {}).items():         # an optimizer does not look at shapes itself
+                if state["momentum_buffer"].shape != p.shape:
+                    raise ValueError
+    except Exception as e:
+        raise UserError(f"{path} does not fit its own arguments ({name}: {type(e).__name__})") from None
 
 
 def usable(device: str) -> torch.device:
@@ -402,31 +524,131 @@ def usable(device: str) -> torch.device:
 def claim(out: Path, args) -> dict | None:
     """None for a new run, the checkpoint of one to be continued; raises UserError if `out` holds anything else."""
     if (out / "checkpoint.pt").exists():
-        checkpoint = load(out / "checkpoint.pt", args.device)
-        old, free = checkpoint["args"], ["out", "device", "compile"] + ["data"] * (args.dataset != "folder")
-        differ = [f"--{k.replace('_', '-')} {old.get(k)} there, {v} here" for k, v in vars(args).items()
-                  if k not in free and old.get(k) != v]
+        checkpoint = load(out / "checkpoint.pt")
+        old = checkpoint["args"]
+        free = ["out", "device", "compile", "workers", "benchmark"] + ["data"] * (args.dataset != "folder")
+        differ = [f"--{k.replace('_', '-')} {old[k]} there, {v} here" for k, v in vars(args).items() if k not in free and old[k] != v]
         if differ:
             raise UserError(f"{out} holds another run ({'; '.join(differ)}): choose another --out")
         return checkpoint
-    if out.exists() and (not out.is_dir() or any(f.name != "checkpoint.tmp" for f in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(f.suffix != ".tmp" for f in out.iterdir())):
         raise UserError(f"{out} holds something else than a run: choose another --out")
     return None
 
 
+# ---------------------------------------------------------------------------- several processes (torchrun)
+
+def join(args) -> torch.device:
+    """This process's device; under torchrun it joins the others, by nccl on GPUs and gloo on CPUs."""
+    device = usable(f"cuda:{LOCAL_RANK}" if RANKS > 1 and args.device == "cuda" else args.device)
+    if RANKS > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def first_decides(make):
+    """make() of the first process, for all of them: what it returns, or its UserError or OSError."""
+    result = [None, None]
+    if RANK == 0:
+        try:
+            result[0] = make()
+        except (UserError, OSError) as e:
+            result[1] = e
+    if RANKS > 1:
+        dist.broadcast_object_list(result)
+    if result[1]:
+        raise result[1]
+    return result[0]
+
+
+def average_gradients(optimizer, *_) -> None:
+    """Before each step of an optimizer: its gradients become their means over the processes, in one message."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    mean = torch.cat([g.flatten() for g in gradients]) / RANKS
+    dist.all_reduce(mean)
+    for g, new in zip(gradients, mean.split([g.numel() for g in gradients])):
+        g.copy_(new.view_as(g))
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """torch's, which trains on GPUs only, and the same on a CPU: statistics over the whole batch, of all processes."""
+
+    def forward(self, x):
+        if x.is_cuda or not self.training:
+            return super().forward(x)
+        dims, shape, M = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2), RANKS * x.numel() / x.shape[1]
+        mean = projhead.gather(x.mean(dims)[None]).mean(0)
+        x = x - mean.view(shape)
+        var = projhead.gather(x.square().mean(dims)[None]).mean(0)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum), self.running_var.lerp_(var * M / (M - 1), self.momentum)
+            self.num_batches_tracked.add_(1)
+        x = x * (var + self.eps).rsqrt().view(shape)
+        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+
+
+def synchronized(module: nn.Module) -> nn.Module:
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module)        # the same parameters under the same names
+    for m in module.modules():
+        if isinstance(m, nn.SyncBatchNorm):
+            m.__class__ = SyncBatchNorm
+    return module
+
+
 # ---------------------------------------------------------------------------- training
 
-def train(args) -> None:
-    """The whole run of these arguments: everything that a paper would print as pseudo-code is in the loop below."""
-    out, device = Path(args.out), usable(args.device)
-    checkpoint = claim(out, args)
-    images, _ = load_dataset(args.dataset, args.data, train=True, size=args.image_size)   # the labels are not looked at
+def views(images, args, steps: range, per_epoch: int, batch_size: int, device):
+    """For each step the two views of its images, one batch (2N, 3, S, S): a function of (args.seed, step) alone."""
+    N = batch_size // RANKS                             # this process's share
+    def indices():
+        for step in steps:
+            epoch, i = divmod(step, per_epoch)
+            if i == 0 or step == steps.start:
+                order = torch.randperm(len(images), generator=stream(args.seed, epoch, 0))
+            yield order[i * batch_size + RANK * N:][:N]
+    for step, batch in zip(steps, batches(images, indices(), device, args.workers)):
+        numbers = stream(args.seed, step, 1)
+        x = [augment(batch, numbers, args.crop_scale, args.hue, args.grayscale, RANK, RANKS) for _ in "12"]
+        yield torch.cat(x).contiguous(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def signal_handlers_restored():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@signal_handlers_restored()
+def train(args, views=views) -> None:
+    """The whole run of these arguments: everything that a paper would print as pseudo-code is in the loop below.
+
+    views: what makes a step's input, to be replaced by --benchmark. Raises UserError; on SIGINT and SIGTERM it
+    finishes the step, saves and raises SystemExit(130 or 143).
+    """
+    out, device = Path(args.out), join(args)
+    say = print if RANK == 0 else lambda *_, **__: None
+    checkpoint = first_decides(lambda: claim(out, args))
+    if LOCAL_RANK:
+        dist.barrier()                                  # the first process of each machine downloads, then the others read
+    images, _ = load_dataset(args.dataset, args.data, True, args.image_size)    # the labels are not looked at
+    if RANKS > 1 and not LOCAL_RANK:
+        dist.barrier()
     if args.limit and args.limit > len(images):
         raise UserError(f"--limit {args.limit}: {args.dataset} has {len(images)} training images")
-    images = images[:args.limit].to(device)
+    images = images[:args.limit]
+    if isinstance(images, Tensor):
+        images = images.to(device)
     if len(images) < 2:
         raise UserError("one image is no training set: a loss needs at least two")
-    batch_size = min(args.batch_size, len(images))
+    if checkpoint and checkpoint.get("images") != len(images):
+        raise UserError(f"{out} was trained on {checkpoint.get('images')} images, and there are {len(images)} now: choose another --out")
+    batch_size = min(args.batch_size, len(images) // RANKS * RANKS)
     per_epoch = len(images) // batch_size               # the last short batch is left out, another one each epoch
     total, peak = args.epochs * per_epoch, args.lr * batch_size / 256
 
@@ -438,6 +660,8 @@ def train(args) -> None:
             projhead.linear_weight(g, args.sparsity_layer)
         except ValueError as e:
             raise UserError(f"--sparsity-layer {args.sparsity_layer}: {e}") from None
+    if RANKS > 1:
+        f, g, q = synchronized(f), synchronized(g), synchronized(q)
     target = copy.deepcopy(nn.Sequential(f, g)).requires_grad_(False) if args.target == "ema" else None
     modules = {"encoder": f, "head": g, "predictor": q} | ({"target": target} if target else {})
 
@@ -451,24 +675,24 @@ def train(args) -> None:
     groups = [group for group in groups if group["params"]]
     optimizer_gq = torch.optim.SGD(groups, **sgd) if groups else None
     optimizers = {"optimizer_f": optimizer_f} | ({"optimizer_gq": optimizer_gq} if groups else {})
+    for optimizer in optimizers.values() if RANKS > 1 else ():
+        optimizer.register_step_pre_hook(average_gradients)
 
-    start = 0
+    start = checkpoint["step"] if checkpoint else 0
+    if start >= total:
+        return say(f"{out} is finished: {args.epochs} epochs. Look at it: python eval.py {out}")
     if checkpoint:
-        start = checkpoint["step"]
-        if start >= total:
-            print(f"{out} is finished: {args.epochs} epochs. Look at it: python eval.py {out}")
-            return
-        for name, part in {**modules, **optimizers}.items():
-            part.load_state_dict(checkpoint[name])
-    def state(step):
-        return {"args": vars(args), "step": step,
-                **{name: part.state_dict() for name, part in {**modules, **optimizers}.items()}}
+        restore(checkpoint, modules | optimizers, out / "checkpoint.pt")
+    def save_state(step):
+        if RANK == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            save(out / "checkpoint.pt", {"args": vars(args), "step": step, "images": len(images),
+                                         **{name: part.state_dict() for name, part in (modules | optimizers).items()}})
+    if not checkpoint:
+        save_state(0)
+    log = start_log(out / "metrics.jsonl", args, start // per_epoch, device, len(images))
     if args.compile:
         f.compile()
-    out.mkdir(parents=True, exist_ok=True)
-    if not checkpoint:
-        save(out / "checkpoint.pt", state(0))
-    log = start_log(out / "metrics.jsonl", args, start // per_epoch, device, len(images))
 
     def amp():
         return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -477,11 +701,10 @@ def train(args) -> None:
             "cosine": projhead.negative_cosine, "bn": projhead.bn_mse}[args.loss]
 
     def objective(h, t=None):
-        """L(theta, phi) of h (2N, D), the views one after the other; t: the slow copy's z. Also returns z."""
+        """L(theta, phi) of h (2N, D), the views one after the other, in float32; t: the slow copy's z. Also returns z."""
         with amp():
             z = g(h)                                    # 2N x d
             p = q(z)                                    # 2N x d
-        z, p = z.float(), p.float()                     # losses in float32
         if args.predictor == "none":
             loss = projhead.nt_xent(*z.chunk(2), args.tau)
         else:
@@ -491,33 +714,60 @@ def train(args) -> None:
             loss = loss + args.sparsity * projhead.sparsity(g, args.sparsity_norm, args.sparsity_layer)
         return loss, z
 
-    print(f"{out}: {len(images)} images of {args.image_size} px, {args.encoder}, "
-          f"{total - start} steps of {batch_size} images on {device}", flush=True)
+    # Nothing in a step waits for the GPU: its moments are events, and its loss is read once it has arrived.
+    def moment():
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def look(wait):
+        """Take in the losses and times of the steps that are done. Raises UserError for a loss that is not finite."""
+        nonlocal total_loss, network
+        while pending and (wait or device.type != "cuda" or pending[0][-1].query()):
+            step, rate, loss, begin, end = pending.popleft()
+            if device.type == "cuda":
+                end.synchronize()
+            network += begin.elapsed_time(end) / 1000 if device.type == "cuda" else end - begin
+            total_loss += loss.item()
+            if not math.isfinite(loss.item()):
+                raise diverged(f"the loss is {loss.item()} in step {step}", rate)
+
+    def diverged(what, rate):
+        return UserError(f"{what}, at a learning rate of {rate:.3g}: try a smaller --lr than {args.lr}; {out} keeps what was saved before")
+
+    stop = []
+    def on_signal(number, _):
+        stop.append(number)
+        for number in (signal.SIGINT, signal.SIGTERM) if RANKS == 1 else ():    # torchrun passes on what has come already
+            signal.signal(number, signal.SIG_DFL)       # a second one quits at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    say(f"{out}: {len(images)} images of {args.image_size} px, {args.encoder}, {total - start} steps of {batch_size} images on "
+        f"{device}" + f", {RANKS} processes" * (RANKS > 1), flush=True)
     f.train(), g.train(), q.train()
     began = since = time.perf_counter()
-    total_loss, total_inner = torch.zeros((), device=device), 0.0
-    for step in range(start, total):
+    pending, total_loss, network, total_inner, warned = collections.deque(), 0.0, 0.0, 0.0, False
+    for step, x in enumerate(views(images, args, range(start, total), per_epoch, batch_size, device), start):
         epoch, i = divmod(step, per_epoch)
-        if i == 0 or step == start:
-            order = torch.randperm(len(images), generator=stream(args.seed, epoch, 0)).to(device)
         rate = learning_rate(step, total, peak, args.warmup)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
 
-        # Two views of each image, in one batch: BatchNorm sees both, where SimSiam and BYOL run one after the other.
-        batch, random_numbers = images[order[i * batch_size:(i + 1) * batch_size]], stream(args.seed, step, 1)
-        x = torch.cat([augment(batch, random_numbers, args.crop_scale, args.hue, args.grayscale) for _ in "12"])
-        x = x.contiguous(memory_format=torch.channels_last)
+        # Both views in one batch: BatchNorm sees both, where SimSiam and BYOL run one after the other.
+        begin = moment()
         with amp():
             h = f(x)                                    # 2N x D
             t = None
             if target:
                 with torch.no_grad():
-                    t = target(x).float()               # 2N x d
+                    t = target(x)                       # 2N x d
 
         if args.inner_steps:                            # phi alone, h held fixed
-            total_inner += projhead.fit_head(lambda: objective(h.detach(), t)[0], optimizer_gq, args.inner_steps)
+            total_inner += projhead.fit_head(lambda: objective(h.detach(), t)[0], optimizer_gq, args.inner_steps, wait=False)
         for optimizer in optimizers.values():
             optimizer.zero_grad()
         loss, z = objective(h, t)
@@ -532,52 +782,159 @@ def train(args) -> None:
                 for slow, fast in zip(target.parameters(), nn.Sequential(f, g).parameters()):
                     slow.lerp_(fast, 1 - m)
 
-        total_loss += loss.detach()
+        pending.append((step + 1, rate, loss.detach().to("cpu", non_blocking=True), begin, moment()))
+        look(wait=False)
         eta = (time.perf_counter() - began) / (step + 1 - start) * (total - step - 1)
         if step == start and eta > 3600 and device.type == "cpu":
-            print(f"this will take about {eta / 3600:.0f} hours on this CPU; "
-                  "--encoder convnet --limit 10000 --epochs 10 takes minutes", file=sys.stderr)
+            say(f"this will take about {eta / 3600:.0f} hours on this CPU; "
+                "--encoder convnet --limit 10000 --epochs 10 takes minutes", file=sys.stderr)
         if sys.stdout.isatty():
-            print(f"\repoch {epoch + 1}/{args.epochs}  step {i + 1}/{per_epoch}  ETA {clock(eta)} ", end="", flush=True)
-        if i + 1 < per_epoch:
+            say(f"\repoch {epoch + 1}/{args.epochs}  step {i + 1}/{per_epoch}  ETA {clock(eta)} ", end="", flush=True)
+        stopped = stop[0] if stop else 0
+        if RANKS > 1:                                   # all stop after the same step; this waits for processes, not for GPUs
+            dist.all_reduce(stopped := torch.tensor(stopped), dist.ReduceOp.MAX)
+            stopped = stopped.item()
+        if i + 1 < per_epoch and not stopped:
             continue
 
         # The end of an epoch: measure the last batch, log, save.
-        done = max(1, step + 1 - max(start, epoch * per_epoch))
-        line = {"epoch": epoch + 1, "step": step + 1, "loss": total_loss.item() / done}
-        if not math.isfinite(line["loss"]):
-            raise UserError(f"the loss is {line['loss']} in epoch {epoch + 1}: try a smaller --lr than {args.lr}; "
-                            f"{out} keeps epoch {epoch}")
-        if args.inner_steps:
-            line["inner_loss"] = total_inner / done
-        line |= {"lr": rate, "rank_h": projhead.effective_rank(h.detach()), "rank_z": projhead.effective_rank(z.detach())}
-        if args.predictor == "offdiag":
-            line["offdiag"] = q.E.norm().item()
-        if args.sparsity:
-            line["penalty"] = projhead.sparsity(g, args.sparsity_norm, args.sparsity_layer).item()
-            line["pruned"] = projhead.share_pruned(g, args.sparsity_layer)
-        seconds = time.perf_counter() - since
-        line |= {"seconds": seconds, "views_per_s": 2 * batch_size * done / seconds}
-        log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
-        log.flush()
-        save(out / "checkpoint.pt", state(step + 1))
-        extra = "".join(f"  {k} {line[k]:.3f}" for k in ("offdiag", "pruned") if k in line)
-        print(("\r" if sys.stdout.isatty() else "") + f"epoch {epoch + 1}/{args.epochs}  loss {line['loss']:.4f}  "
-              f"rank h {line['rank_h']:.1f} z {line['rank_z']:.1f}{extra}  {line['views_per_s']:.0f} views/s  "
-              f"ETA {clock(eta)}", flush=True)
-        since, total_loss, total_inner = time.perf_counter(), torch.zeros((), device=device), 0.0
-    print(f"done in {clock(time.perf_counter() - began)}. Look at it: python eval.py {out}")
+        look(wait=True)
+        if not all(p.isfinite().all() for m in modules.values() for p in m.parameters()):
+            raise diverged(f"a weight is not finite after step {step + 1}", rate)
+        if i + 1 == per_epoch:
+            done = step + 1 - max(start, epoch * per_epoch)
+            means = torch.tensor([total_loss, float(total_inner)], dtype=torch.float64) / done / RANKS
+            h, z = projhead.gather(h.detach()), projhead.gather(z.detach())
+            if RANKS > 1:
+                dist.all_reduce(means)
+            line = {"epoch": epoch + 1, "step": step + 1, "loss": means[0].item()}
+            if args.inner_steps:
+                line["inner_loss"] = means[1].item()
+            line["lr"] = rate
+            for name, features in (("h", h), ("z", z)):
+                line |= {f"rank_{name}": projhead.effective_rank(features), f"spread_{name}": projhead.spread(features)}
+            if args.predictor == "offdiag":
+                line["offdiag"] = q.E.norm().item()
+            if args.sparsity:
+                line["penalty"] = projhead.sparsity(g, args.sparsity_norm, args.sparsity_layer).item()
+                line["pruned"] = projhead.share_pruned(g, args.sparsity_layer)
+            if args.dataset == "folder":
+                line["skipped"] = len(SKIPPED)
+            seconds = time.perf_counter() - since
+            line |= {"seconds": seconds, "views_per_s": 2 * batch_size * done / seconds,
+                     "overhead": 1 - network / seconds, "memory": peak_memory(device)}
+            log.append(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}))
+            if RANK == 0:
+                write(out / "metrics.jsonl", "".join(line + "\n" for line in log).encode())
+            extra = "".join(f"  {k} {line[k]:.3f}" for k in ("offdiag", "pruned") if k in line)
+            say(("\r" if sys.stdout.isatty() else "") + f"epoch {epoch + 1}/{args.epochs}  loss {line['loss']:.4f}  "
+                f"rank h {line['rank_h']:.1f} z {line['rank_z']:.1f}{extra}  {line['views_per_s']:.0f} views/s "
+                f"({100 * line['overhead']:.0f} % overhead)  ETA {clock(eta)}", flush=True)
+            low = min(line["spread_h"], line["spread_z"])
+            if low < 0.05 and not warned:
+                warned = True
+                say(f"warning: the features collapse: their spread is {low:.2g} after epoch {epoch + 1}, where 0 is one point", file=sys.stderr)
+        save_state(step + 1)
+        if stopped and step + 1 < total:
+            say(f"\nstopped after step {step + 1} of {total}; this continues: {command()}", file=sys.stderr)
+            raise SystemExit(128 + stopped)
+        since, total_loss, network, total_inner = time.perf_counter(), 0.0, 0.0, 0.0
+    say(f"done in {clock(time.perf_counter() - began)}. Look at it: python eval.py {out}")
 
 
-def start_log(path: Path, args, epochs: int, device, M: int):
-    """metrics.jsonl, opened for appending behind its first line and as many epochs as the checkpoint has."""
-    first = {"command": shlex.join(["python", *sys.argv]), "args": vars(args), "images": M,
+def benchmark(args) -> None:
+    """Print the speeds that README.md quotes, from short runs of train() itself: medians of five interleaved rounds."""
+    if RANKS > 1:
+        raise UserError("--benchmark runs in one process")
+    args.limit = args.limit or args.batch_size * (40 if args.device == "cuda" or args.encoder == "convnet" else 4)
+    args.epochs = 2                                     # the first warms up
+    variants = {"training": (views, {}), "ready": (ready_views, {}), "pillow": (pillow_views, {})}
+    if args.head_lr:
+        variants |= {"joint": (views, {"inner_steps": 0}), "inner": (views, {"inner_steps": 5})}
+    speeds = collections.defaultdict(list)
+    for _ in range(5):
+        for name, (how, changes) in variants.items():
+            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+                train(argparse.Namespace(**vars(args) | changes | {"out": folder + "/run"}), how)
+                line = json.loads((Path(folder) / "run/metrics.jsonl").read_text().splitlines()[-1])
+            speeds[name].append(line["views_per_s"])
+        images = load_dataset(args.dataset, args.data, True, args.image_size)[0][:args.limit]
+        per_epoch, device = len(images) // args.batch_size, usable(args.device)
+        for name, how in (("views alone", views), ("pillow alone", pillow_views)):
+            began = time.perf_counter()
+            for x in how(images.to(device), args, range(per_epoch), per_epoch, args.batch_size, device):
+                pass
+            x.sum().item()                              # waits for the device
+            speeds[name].append(2 * args.batch_size * per_epoch / (time.perf_counter() - began))
+    def ratio(a, b):                                    # of the rounds, since the machine's speed drifts between them
+        return statistics.median(x / y for x, y in zip(speeds[a], speeds[b]))
+    median = {name: statistics.median(values) for name, values in speeds.items()}
+    print(f"{args.encoder}, {args.image_size} px, {per_epoch} steps of {args.batch_size} images, on {device}, {torch.get_num_threads()} "
+          f"threads, {args.workers} workers\n"
+          f"views alone            {median['views alone']:8.0f} views/s\n"
+          f"  torchvision, Pillow  {median['pillow alone']:8.0f} views/s: ours are {ratio('views alone', 'pillow alone'):.1f} times as fast\n"
+          f"training               {median['training']:8.0f} views/s, {2000 * args.batch_size / median['training']:.1f} ms a step\n"
+          f"  on ready views       {median['ready']:8.0f} views/s: training reaches {ratio('training', 'ready'):.3f} of it\n"
+          f"  torchvision, Pillow  {median['pillow']:8.0f} views/s: ours is {ratio('training', 'pillow'):.2f} times as fast")
+    if args.head_lr:
+        print(f"--inner-steps 5 takes {ratio('joint', 'inner'):.3f} times the time of joint training")
+    print(f"peak memory {peak_memory(device):.2f} GiB")
+
+
+def ready_views(images, args, steps, per_epoch, batch_size, device):
+    """One batch of views, again and again: what remains is the network."""
+    x = next(views(images, args, steps, per_epoch, batch_size, device))
+    yield from (x for _ in steps)
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Two views of image i by torchvision's transforms on Pillow images: how it is usually done."""
+
+    def __init__(self, images, args):
+        T = torchvision.transforms
+        self.images, self.view = images.cpu(), T.Compose([
+            T.ToPILImage(), T.RandomResizedCrop(args.image_size, (args.crop_scale, 1)), T.RandomHorizontalFlip(),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, args.hue)], 0.8), T.RandomGrayscale(args.grayscale),
+            T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.view(self.images[i]), self.view(self.images[i])
+
+
+def pillow_views(images, args, steps, per_epoch, batch_size, device):
+    loader = torch.utils.data.DataLoader(Pairs(images, args), batch_size, shuffle=True, drop_last=True, num_workers=args.workers,
+                                         pin_memory=device.type == "cuda", persistent_workers=args.workers > 0)
+    for _ in range(len(steps) // per_epoch):
+        for x1, x2 in loader:
+            yield torch.cat([x1, x2]).to(device, non_blocking=True, memory_format=torch.channels_last)
+
+
+def start_log(path: Path, args, epochs: int, device, M: int) -> list[str]:
+    """The lines of metrics.jsonl: its first, written for a new run, and as many epochs as the checkpoint has."""
+    first = {"command": command(), "args": vars(args), "images": M,
              "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-             "threads": torch.get_num_threads()}
+             "processes": RANKS, "threads": torch.get_num_threads()}
     lines = path.read_text().splitlines()[:1 + epochs] if epochs and path.exists() else []
-    path.write_text("".join(line + "\n" for line in lines or [json.dumps(first)]))
-    return open(path, "a")
+    lines = lines or [json.dumps(first)]
+    if RANK == 0:
+        write(path, "".join(line + "\n" for line in lines).encode())
+    return lines
+
+
+def command() -> str:
+    return shlex.join((["torchrun", "--nproc-per-node", str(LOCAL_RANKS)] if RANKS > 1 else ["python"]) + sys.argv)
+
+
+def peak_memory(device) -> float:
+    """GiB that the device (on a CPU this process) has held at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def clock(seconds: float) -> str:
@@ -589,13 +946,26 @@ def main(run) -> None:
     """Run a script's main function; what the user can mend is one line on stderr and exit code 2."""
     try:
         run()
-    except (UserError, OSError) as e:                   # OSError: a folder that cannot be written, a full disk
-        print(f"error: {e}", file=sys.stderr)
+    except (UserError, OSError) as e:
+        if LOCAL_RANK == 0:
+            print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; a run continues from its last whole epoch by the same command", file=sys.stderr)
         sys.exit(130)
 
 
+def run() -> None:
+    args = parse_args()
+    try:
+        (benchmark if args.benchmark else train)(args)
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, MemoryError) or "to allocate" in str(e):
+            raise UserError(f"out of memory with --batch-size {args.batch_size}: try --batch-size {max(2, args.batch_size // 2)}") from None
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    main(lambda: train(parse_args()))
+    main(run)
