@@ -86,8 +86,8 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     mean, std = train_x.mean(0), train_x.std(0)
     std = torch.where(std > 0, std, 1)
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
-    axes = torch.linalg.eigh(train_x.T @ train_x).eigenvectors      # a rotation: it leaves the problem as it is and
-    train_x, test_x = train_x @ axes, test_x @ axes                 # makes the scaling in fit_logistic a good one
+    axes = torch.linalg.eigh((train_x.T @ train_x).double()).eigenvectors.to(train_x)   # a rotation: it leaves the problem
+    train_x, test_x = train_x @ axes, test_x @ axes                 # as it is and makes the scaling in fit_logistic a good one
     order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0)).to(train_x.device)
     held, kept = order[:len(order) // 5], order[len(order) // 5:]
     classes = int(train_y.max()) + 1

@@ -11,6 +11,9 @@
     sparsity -> sparse        Song et al. 2023 (2307.08913)     a penalty that makes the head sparse
     OffDiagonal -> offdiag    Wen & Li 2022 (2205.06226)        starts as the identity, only off-diagonal entries train
     MLPPredictor -> mlp       SimSiam (2011.10566), BYOL (2006.07733)
+    slice, reweight           DirectCLR (2110.09348), Xue et al. (2403.11391): heads without weights
+    topk, discrete            Ouyang et al. (2503.00507): heads that pass on less of h
+    directpred                Tian et al. (2102.06810): a prediction head that is computed, not trained
 
 Each docstring says where it comes from: [paper] the paper states it, [code] a constant or formula of released
 code, [reading] our choice where the paper is not known to us to say. Nothing here reads a file or knows a data set.
@@ -91,6 +94,113 @@ class MLP(nn.Sequential):
         )
 
 
+class SliceHead(nn.Sequential):
+    """z = h[:, :d]: (N, D) -> (N, d), DirectCLR: no weights, the other features learn through the encoder alone. [code]
+
+    d is 360 of 2048 [code], and that share of any other D unless given [reading]. Raises ValueError for d outside 1 to D.
+    """
+
+    def __init__(self, D: int, d: int | None = None):
+        d = max(1, 360 * D // 2048) if d is None else d
+        if not 1 <= d <= D:
+            raise ValueError(f"cannot keep {d} of {D} features")
+        super().__init__(Slice(d))
+
+
+class Slice(nn.Module):
+    """The first d columns: (N, D) -> (N, d)."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.d = d
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h[:, :self.d]
+
+
+class ReweightHead(nn.Sequential):
+    """z_i = kappa^-i h_i, i = 0 to D - 1, fixed: (N, D) -> (N, D), Xue et al. 2024; kappa 1.05. [code]"""
+
+    def __init__(self, D: int, kappa: float = 1.05):
+        super().__init__(Reweight(D, kappa))
+
+
+class Reweight(nn.Module):
+    """Multiplies column i by kappa^-i: (N, D) -> (N, D)."""
+
+    def __init__(self, D: int, kappa: float):
+        super().__init__()
+        self.register_buffer("weight", kappa ** -torch.arange(float(D)), persistent=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * self.weight
+
+
+class TopKHead(nn.Sequential):
+    """z = W2 top_k(relu(W1 h)): (N, D) -> (N, d), the sparse head of Ouyang et al. 2025. [code]
+
+    Of the M = hidden features of a row the k largest are kept. M is 2 D, k an eighth of M, unless given [reading];
+    k > M raises RuntimeError in forward.
+    """
+
+    def __init__(self, D: int, d: int = 128, hidden: int | None = None, k: int | None = None):
+        hidden = hidden or 2 * D
+        super().__init__(
+            nn.Linear(D, hidden),               # N x M
+            nn.ReLU(),
+            TopK(k or max(1, hidden // 8)),     # N x M, k of them not 0
+            nn.Linear(hidden, d),               # N x d
+        )
+
+
+class TopK(nn.Module):
+    """Keeps the k largest of each row and sets the others to 0: (N, M) -> (N, M)."""
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = k
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, columns = x.topk(self.k, dim=1)
+        return torch.zeros_like(x).scatter(1, columns, values)
+
+
+class DiscreteHead(nn.Sequential):
+    """z = round(tanh(BN(W2 relu(W1 h)))) to L levels: (N, D) -> (N, d), the discretized head of Ouyang et al. 2025. [code]
+
+    The BatchNorm is ours [reading]: without it all outputs of a fresh MLP are near 0 and round to the same level. So is
+    L = 5 [reading], and the widths are those of MLP. Raises ValueError for levels < 2.
+    """
+
+    def __init__(self, D: int, d: int = 128, hidden: int | None = None, levels: int = 5):
+        hidden = hidden or 2 * D
+        super().__init__(
+            nn.Linear(D, hidden),               # N x hidden
+            nn.ReLU(),
+            nn.Linear(hidden, d),               # N x d
+            nn.BatchNorm1d(d, affine=False),
+            nn.Tanh(),
+            Round(levels),                      # N x d
+        )
+
+
+class Round(nn.Module):
+    """Rounds x in [-1, 1] to L levels 1 / (L // 2) apart; the gradient passes straight through: (N, d) -> (N, d).
+
+    From -1 to 1 for odd L; an even L lacks the topmost level [reading]. Raises ValueError for levels < 2.
+    """
+
+    def __init__(self, levels: int):
+        super().__init__()
+        if levels < 2:
+            raise ValueError(f"levels must be at least 2, not {levels}")
+        self.levels = levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.levels - 1) / 2 * x - (0.5 if self.levels % 2 == 0 else 0)
+        return (x + (x.round() - x).detach()) / (self.levels // 2)
+
+
 # ---------------------------------------------------------------------------- prediction heads: z -> p
 
 class OffDiagonal(nn.Module):
@@ -133,6 +243,34 @@ class MLPPredictor(nn.Sequential):
             nn.ReLU(),
             nn.Linear(max(1, d // 4), d),               # N x d
         )
+
+
+class DirectPred(nn.Module):
+    """p = W z, W = U diag(max(sqrt(s / s_max) + eps, 1e-4)) U^T: (N, d) -> (N, d), Tian et al. 2021. [code]
+
+    Not trained: s, U are the eigenpairs of F, which after each step becomes rho F + (1 - rho) E[z z^T]; rho 0.3, eps
+    0.01 [code]. That update is made in forward, in training mode, once p is computed; E is the mean over the batch, both
+    views, not centred, and F is 0, hence W = (1 + eps) I, at the start [reading].
+    """
+
+    def __init__(self, d: int, rho: float = 0.3, eps: float = 0.01):
+        super().__init__()
+        self.rho, self.eps = rho, eps
+        self.register_buffer("F", torch.zeros(d, d))
+
+    @property
+    def W(self) -> Tensor:
+        """The head as a symmetric matrix (d, d), without a gradient."""
+        s, U = torch.linalg.eigh(self.F.double())       # ascending; float32 may fail where many are 0
+        s = s.clamp(min=1e-30)                          # rounding makes some negative; where F = 0 all are equal
+        return (U * ((s / s[-1]).sqrt() + self.eps).clamp(min=1e-4) @ U.T).to(self.F.dtype)
+
+    def forward(self, z: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            W, rows = self.W, z.to(self.F.dtype)
+            if self.training:
+                self.F.lerp_(rows.T @ rows / len(rows), 1 - self.rho)
+        return z.to(W.dtype) @ W
 
 
 # ---------------------------------------------------------------------------- losses
@@ -236,6 +374,18 @@ def share_pruned(head: nn.Module, layer: int = 0) -> float:
     return (columns < 1e-3 * columns.max()).float().mean().item()
 
 
+def matrix_information(h: Tensor, z: Tensor) -> Tensor:
+    """I = H(K_h) + H(K_z) - H(K_h * K_z), H(K) = -log(||K||_F^2 / N^2), to be added to any loss as lambda * I. [code]
+
+    K = Z Z^T (N, N) of unit rows: the matrix mutual information of h (N, D) and z (N, d), Ouyang et al. 2025.
+    """
+    def H(K):
+        return -(K.square().sum() / len(K) ** 2).log()
+    h, z = (F.normalize(_at_least_float32(a), dim=1) for a in (h, z))
+    K_h, K_z = h @ h.T, z @ z.T
+    return H(K_h) + H(K_z) - H(K_h * K_z)
+
+
 def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, wait: bool = True) -> float:
     """The head as a parametric component of the objective, Gupta et al. 2022: `steps` inner steps on phi.
 
@@ -292,10 +442,15 @@ HEADS: dict[str, type] = {
     "mlp": MLP,
     "parametric": MLP,   # fitted by fit_head: another optimization of the same network
     "sparse": MLP,       # plus lambda * sparsity: another objective for the same network
+    "slice": SliceHead,
+    "reweight": ReweightHead,
+    "topk": TopKHead,
+    "discrete": DiscreteHead,
 }
 PREDICTORS: dict[str, type] = {
     "identity": nn.Identity,   # no prediction head: the control
     "offdiag": OffDiagonal,
     "linear": LinearPredictor,
     "mlp": MLPPredictor,
+    "directpred": DirectPred,
 }

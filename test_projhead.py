@@ -127,7 +127,8 @@ def test_encoder(arch, D):
 
 def test_heads_and_predictors_map_rows_to_rows():
     for name, head in HEADS.items():
-        assert head(16)(torch.randn(4, 16)).shape == (4, 16 if name == "none" else 128), name
+        width = {"none": 16, "reweight": 16, "slice": 2}.get(name, 128)
+        assert head(16)(torch.randn(4, 16)).shape == (4, width), name
     for name, predictor in PREDICTORS.items():
         assert predictor(16)(torch.randn(4, 16)).shape == (4, 16), name
 
@@ -156,6 +157,91 @@ def test_offdiag_entries_do_not_decay():
     groups = b["optimizer_gq"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [1, 0]
     assert a["predictor"]["A"].abs().sum() > 0 and b["predictor"]["A"].abs().sum() > 0
+
+
+# ---------------------------------------------------------------------------- the neighbours
+
+def test_slice_and_reweight_are_their_formulas():
+    h = randn(5, 12)
+    assert torch.equal(projhead.SliceHead(12, 4)(h), torch.stack([row[:4] for row in h]))
+    for D, d in ((2048, 360), (512, 90), (128, 22), (2, 1)):
+        assert projhead.SliceHead(D)(torch.zeros(1, D)).shape == (1, d)
+    for bad in (0, 13):
+        with pytest.raises(ValueError):
+            projhead.SliceHead(12, bad)
+    for kappa in (1.05, 2.0):
+        z = projhead.ReweightHead(12, kappa)(h)
+        assert all(z[n, i].item() == pytest.approx(h[n, i].item() / kappa ** i, rel=1e-6) for n in range(5) for i in range(12))
+    assert projhead.ReweightHead(2048)(torch.ones(1, 2048)).isfinite().all()
+    for head in (projhead.SliceHead(12), projhead.ReweightHead(12)):
+        assert not list(head.parameters()) and not head.state_dict()
+
+
+def test_topk_keeps_the_k_largest_and_their_gradient():
+    head, h = projhead.TopKHead(6, 3, hidden=10, k=4).double(), randn(5, 6)
+    x = head[1](head[0](h)).detach().requires_grad_()
+    kept = torch.stack([torch.stack([v if v in sorted(row)[-4:] else 0 * v for v in row]) for row in x])
+    assert torch.equal(head[2](x), kept) and torch.allclose(head(h), kept @ head[3].weight.T + head[3].bias)
+    weight = randn(5, 10, seed=1)
+    assert torch.equal(torch.autograd.grad((head[2](x) * weight).sum(), x)[0][kept > 0], weight[kept > 0])
+    assert torch.equal(torch.autograd.grad((kept * weight).sum(), x)[0][kept > 0], weight[kept > 0])
+    assert projhead.TopKHead(16)[2].k == 4 and projhead.TopKHead(1)[2].k == 1
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 5, 8, 33])
+def test_discrete_rounds_to_its_levels_with_the_gradient_straight_through(levels):
+    x = torch.linspace(-1, 1, 997, dtype=double).requires_grad_()
+    z = projhead.Round(levels)(x)
+    grid = [(i - levels // 2) / (levels // 2) for i in range(levels)]
+    middle = (grid[0] + grid[-1]) / 2
+    naive = torch.tensor([min(grid, key=lambda v: abs(middle + (grid[-1] - grid[0]) / 2 * a - v)) for a in x.tolist()], dtype=double)
+    assert torch.allclose(z.unique(), torch.tensor(grid, dtype=double)) and (z.detach() - naive).abs().gt(1e-9).sum() <= levels
+    z.sum().backward()                                  # as if nothing were rounded: the slope of the scaling
+    assert torch.allclose(x.grad, torch.full_like(x, (levels - 1) / 2 / (levels // 2)))
+
+
+def test_discrete_head_uses_its_levels_from_the_start():
+    torch.manual_seed(0)
+    head, h = projhead.DiscreteHead(128), torch.rand(64, 128).requires_grad_()
+    z = head(h)
+    assert z.unique().tolist() == [-1, -0.5, 0, 0.5, 1] and torch.equal(z, (2 * nn.Sequential(*list(head)[:5])(h)).round() / 2)
+    projhead.nt_xent(*z.chunk(2)).backward()
+    assert h.grad.isfinite().all() and head[0].weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError):
+        projhead.DiscreteHead(8, levels=1)
+
+
+def test_directpred_is_its_formula():
+    q, moments = projhead.DirectPred(5, rho=0.4, eps=0.02).double(), torch.zeros(5, 5, dtype=double)
+    for step in range(4):
+        z = randn(7, 5, seed=step)
+        z[:, 3:] = z[:, :2] @ randn(2, 2, seed=9)       # of rank 3: two eigenvalues are 0 but for rounding
+        p = q(z.requires_grad_())
+        W = 1.02 * torch.eye(5, dtype=double)           # before anything has been seen
+        if step:
+            s, U = torch.linalg.eigh(moments)
+            entries = [max(math.sqrt(max(v, 0) / max(s.tolist())) + 0.02, 1e-4) for v in s.tolist()]
+            W = sum(e * torch.outer(u, u) for e, u in zip(entries, U.T))
+        assert torch.allclose(p, torch.stack([W @ row for row in z]), atol=1e-6)
+        assert torch.allclose(torch.autograd.grad(p[0, 0], z)[0][0], W[0], atol=1e-6)      # through z, not through W
+        moments = 0.4 * moments + 0.6 * sum(torch.outer(row, row) for row in z.detach()) / 7
+        assert torch.allclose(q.F, moments, atol=1e-12)
+    q.eval()(z)
+    assert torch.allclose(q.F, moments, atol=1e-12) and q.state_dict().keys() == {"F"} and not list(q.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert projhead.DirectPred(5)(z.detach().bfloat16()).isfinite().all()
+
+
+def test_matrix_information_is_the_double_loop():
+    h, z = randn(6, 5).requires_grad_(), randn(6, 3, seed=1).requires_grad_()
+    def entropy(*several):
+        return -math.log(sum(math.prod(F.cosine_similarity(a[i], a[j], dim=0).item() for a in several) ** 2
+                             for i in range(6) for j in range(6)) / 36)
+    value = projhead.matrix_information(h, z)
+    assert value.item() == pytest.approx(entropy(h) + entropy(z) - entropy(h, z), abs=1e-12)
+    value.backward()
+    assert h.grad.abs().sum() > 0 and z.grad.abs().sum() > 0
+    assert projhead.matrix_information(h, torch.ones(6, 2)).item() == pytest.approx(0, abs=1e-6)   # a constant z knows nothing of h
 
 
 # ---------------------------------------------------------------------------- the head as a part of the objective
@@ -402,7 +488,7 @@ def test_every_combination_trains_saves_and_evaluates(head, predictor):
 
 
 METHODS = ["--head mlp", "--head parametric --inner-steps 2", "--head sparse", "--head mlp --predictor mlp --target ema",
-           "--head mlp --predictor offdiag"]
+           "--head mlp --predictor offdiag", "--head discrete --predictor directpred"]
 
 
 def same_run(a, b):
@@ -896,6 +982,10 @@ BAD = """
 --head wrong                                | --head --heads mlp
 --head none --head-lr 1                     | --head none --head parametric --inner-steps 0 --head-lr -1
 --head none --inner-steps 1                 | --head none --sparsity 1
+--head slice --head-lr 1                    | --head reweight --inner-steps 1
+--head slice --sparsity 1                   | --head reweight --sparsity 1
+--head slice --dim 999                      | --head reweight --dim 64
+--head slice --hidden 64                    | --predictor directpred --predictor-lr 2
 --head none --dim 64                        | --head linear --hidden 64
 --head mlp --sparsity-norm l1               | --head mlp --sparsity-layer 0
 --head sparse --sparsity-layer 7            | --head sparse --head-lr 0
@@ -1024,8 +1114,8 @@ def test_the_readmes_commands_parse(capsys):
 
 
 def test_names_that_others_rely_on():
-    assert HEADS.keys() >= {"none", "linear", "mlp", "parametric", "sparse"}
-    assert PREDICTORS.keys() >= {"identity", "offdiag", "linear", "mlp"}
+    assert HEADS.keys() >= {"none", "linear", "mlp", "parametric", "sparse", "slice", "reweight", "topk", "discrete"}
+    assert PREDICTORS.keys() >= {"identity", "offdiag", "linear", "mlp", "directpred"}
     for name in projhead.__dict__.values():
         if callable(name) and getattr(name, "__module__", "") == "projhead" and not name.__name__.startswith("_"):
             assert name.__doc__, name

@@ -39,6 +39,7 @@ from projhead import HEADS, PREDICTORS
 
 SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "folder": 64}
 ENCODERS = ["convnet", "resnet18", "resnet34", "resnet50"]
+FIXED = ["none", "slice", "reweight"]       # projection heads without weights
 IN_MEMORY = 4 * 2**30       # bytes: a folder of images is decoded once if it is no larger than this, else in each epoch
 SKIPPED = set()             # the paths of the images of a folder that could not be read
 RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (int(os.environ.get(name, default)) for name, default in (   # torchrun sets these
@@ -65,13 +66,13 @@ def recommended(args) -> dict:
         ema=0.99 if args.target == "ema" else None,
         tau=0.5 if args.loss == "infonce" else None,
         inner_steps=2 if args.head == "parametric" else 0,
-        head_lr=None if args.head == "none" else 1.0,
-        predictor_lr={"none": None, "identity": None, "offdiag": 10.0}.get(args.predictor, 1.0),
+        head_lr=None if args.head in FIXED else 1.0,
+        predictor_lr={"none": None, "identity": None, "directpred": None, "offdiag": 10.0}.get(args.predictor, 1.0),
         projector_bn="yes" if paired and args.loss != "bn" else "no",
         sparsity=0.5 if args.head == "sparse" else 0.0,
         sparsity_norm="l21" if args.sparsity else None,
         sparsity_layer=0 if args.sparsity else None,
-        dim=None if args.head == "none" else 128,
+        dim=None if args.head in FIXED else 128,
         hidden=None,
         image_size=SIZES[args.dataset],
         epochs=(12 if shapes else 20) if small else 100,
@@ -118,7 +119,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--sparsity", type=number(float, 0), metavar="LAMBDA", help="weight of the sparsity penalty; 0: off")
     p.add_argument("--sparsity-norm", choices=["l21", "l21-out", "l1", "l21-plain"], help="see projhead.sparsity")
     p.add_argument("--sparsity-layer", type=number(int, 0), help="which Linear of the head (default: 0, the first)")
-    p.add_argument("--dim", type=width, help="width of z (default: 128)")
+    p.add_argument("--dim", type=width, help="width of z (default: 128; slice: 360/2048 of the encoder's)")
     p.add_argument("--hidden", type=width, help="hidden width of the head (default: twice that of h)")
     p.add_argument("--dataset", choices=SIZES, default="shapes", help="shapes is drawn here; cifar10, cifar100, stl10 download")
     p.add_argument("--data", default="data", metavar="DIR", help="where the data set lies (default: data)")
@@ -161,13 +162,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     clash(alone, "target", "only a prediction is compared with a target: add --predictor mlp")
     clash(args.target != "ema", "ema", "needs --target ema")
     clash(args.loss != "infonce", "tau", f"the loss {args.loss} has no temperature")
-    clash(args.head == "none", "head_lr", "there is no projection head to train: --head none")
-    clash(args.predictor_lr is None or args.predictor in ("none", "identity"), "predictor_lr", "this prediction head has no weights")
+    clash(args.head in FIXED, "head_lr", f"there is nothing to train in --head {args.head}")
+    clash(args.predictor_lr is None or args.predictor in ("none", "identity", "directpred"), "predictor_lr", "this prediction head has no weights")
     clash(args.inner_steps and frozen, "inner_steps", "there is no trainable head to fit")
     clash(args.inner_steps and frozen, "head_lr", "a frozen head cannot be fitted: add --inner-steps 0, or use --head mlp")
-    clash(args.head == "none", "dim", "--head none has the encoder's width")
-    clash(args.head in ("none", "linear"), "hidden", f"--head {args.head} has no hidden layer")
-    clash(args.sparsity and args.head == "none", "sparsity", "--head none has no weights to make sparse")
+    clash(args.head in ("none", "reweight"), "dim", f"--head {args.head} has the encoder's width")
+    clash(args.head in (*FIXED, "linear"), "hidden", f"--head {args.head} has no hidden layer")
+    clash(args.sparsity and args.head in FIXED, "sparsity", f"--head {args.head} has no weights to make sparse")
     clash(args.sparsity and not args.head_lr, "sparsity", "a frozen head cannot become sparse")
     clash(not args.sparsity, "sparsity_norm", "needs --sparsity LAMBDA or --head sparse")
     clash(not args.sparsity, "sparsity_layer", "needs --sparsity LAMBDA or --head sparse")
@@ -455,12 +456,17 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
 # ---------------------------------------------------------------------------- models and checkpoints
 
 def build(args) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The untrained encoder f, projection head g and prediction head q of these arguments: a function of args.seed."""
+    """The untrained encoder f, projection head g and prediction head q of these arguments: a function of args.seed.
+    Raises UserError where the head cannot have the width args.dim."""
     torch.manual_seed(args.seed)
     f = projhead.encoder(args.encoder, args.image_size)
     sizes = {flag: getattr(args, name) for flag, name in (("d", "dim"), ("hidden", "hidden")) if getattr(args, name)}
-    g = HEADS[args.head](f.dim, **sizes)
-    d = args.dim or f.dim
+    try:
+        g = HEADS[args.head](f.dim, **sizes)
+    except ValueError as e:
+        raise UserError(f"--dim {args.dim}: {e}") from None
+    d = g.eval()(torch.zeros(1, f.dim)).shape[1]        # of z
+    g.train()
     if args.projector_bn == "yes":
         g.append(nn.BatchNorm1d(d, affine=False))
     q = nn.Identity() if args.predictor == "none" else PREDICTORS[args.predictor](d)
