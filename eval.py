@@ -3,6 +3,7 @@
 
     python eval.py                # the newest run in runs/
     python eval.py RUN --json     # the same table as one line of JSON
+    python eval.py RUN --probe transform     # what linear probes can tell of what was done to an image; needs no labels
 
 Every network is frozen and in eval mode; labels are read here and nowhere else. A linear probe and a kNN see only the
 training images of the run (its first --limit N, where it was given); the test images are scored once.
@@ -20,6 +21,7 @@ from projhead import alignment, effective_rank, uniformity
 from train import UserError
 
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+PROBED = 10_000     # images of either part that --probe transform looks at, at most
 
 
 # ---------------------------------------------------------------------------- runs and features
@@ -69,6 +71,17 @@ def features(run, images: Tensor, view=None, batch_size: int = 500) -> dict[str,
     if any(not torch.equal(v, before[k]) for k, v in modules.state_dict().items()):
         raise RuntimeError("the frozen networks moved during evaluation")
     return {tap: torch.cat([part[tap] for part in parts]) for tap in parts[0]}
+
+
+def untrained(run) -> argparse.Namespace:
+    """The run's encoder before the first step, without a head, for features()."""
+    return argparse.Namespace(args=argparse.Namespace(predictor="none"), encoder=run.untrained,
+                              head=nn.Sequential(), predictor=nn.Identity())
+
+
+def layer_name(run, tap: str) -> str:
+    """The class of the layer whose output a tap inside the head is; "" for the other taps."""
+    return type(run.head[int(tap[2:-1])]).__name__ if tap.startswith("g[") else ""
 
 
 # ---------------------------------------------------------------------------- probes
@@ -157,17 +170,13 @@ def table(run, ks=(20, 200), data=None) -> list[dict]:
     random_numbers = train.stream(0, 0, 1)
     def view(batch):
         return train.augment(batch, random_numbers, args.crop_scale, args.hue, args.grayscale)
-    untrained = argparse.Namespace(args=argparse.Namespace(predictor="none"), encoder=run.untrained,
-                                   head=nn.Sequential(), predictor=nn.Identity())
     rows = []
-    for name, source in (("", run), (" untrained", untrained)):
+    for name, source in (("", run), (" untrained", untrained(run))):
         a = features(source, train_images) if probed else None
         b, view1, view2 = features(source, test_images), features(source, test_images, view), features(source, test_images, view)
         good, good_test = ([i not in getattr(images, "bad", ()) for i in range(len(images))] for images in (train_images, test_images))
         for tap in b:
-            row = {"tap": tap + name, "layer": "", "dim": b[tap].shape[1]}
-            if tap.startswith("g["):
-                row["layer"] = type(source.head[int(tap[2:-1])]).__name__
+            row = {"tap": tap + name, "layer": layer_name(source, tap), "dim": b[tap].shape[1]}
             for i, label in enumerate({"shapes": (" shape", " hue")}.get(args.dataset, ("",)) if probed else ()):
                 labels, labels_test = train_labels[good, i].to(a[tap].device), test_labels[good_test, i].to(a[tap].device)
                 four = a[tap][good], labels, b[tap][good_test], labels_test
@@ -179,21 +188,96 @@ def table(run, ks=(20, 200), data=None) -> list[dict]:
     return rows
 
 
+# ---------------------------------------------------------------------------- what was done to an image
+
+def rotate(x: Tensor, y: Tensor) -> Tensor:
+    """x (N, 3, S, S) turned counterclockwise by y (N,) quarter turns."""
+    x = x.clone()
+    for k in (1, 2, 3):
+        x[y == k] = x[y == k].rot90(k, (2, 3))
+    return x
+
+
+def flip(x: Tensor, y: Tensor) -> Tensor:
+    """x (N, 3, S, S), mirrored left to right where y (N,) is 1."""
+    return torch.where(y[:, None, None, None] == 1, x.flip(3), x)
+
+
+def gray(x: Tensor, y: Tensor) -> Tensor:
+    """x (N, 3, S, S), without colour where y (N,) is 1."""
+    return torch.where(y[:, None, None, None] == 1, train.to_gray(x), x)
+
+
+def quadrant(x: Tensor, y: Tensor) -> Tensor:
+    """Quadrant y (N,) of x (N, 3, S, S): upper left, upper right, lower left, lower right; resized to S."""
+    S = x.shape[-1]
+    rows, columns = (train.resize_matrix(half[:, None, None] * (S - S // 2), y.new_full((1, 1, 1), S // 2), S, S)[:, None]
+                     for half in (y // 2, y % 2))
+    return rows @ x @ columns.mT
+
+
+TRANSFORMS = {"rotation": (rotate, 4), "flip": (flip, 2), "gray": (gray, 2), "quadrant": (quadrant, 4)}     # and classes
+
+
+def transform_table(run, data=None) -> list[dict]:
+    """A row {tap, layer, dim, rotation, flip, gray, quadrant} for each tap, the untrained h and chance last.
+
+    Each cell is a linear probe's accuracy in percent, for which of the transformation's classes was done to an image.
+    Every image gets one at random, the same for all taps. Only the first eval.PROBED training images of the run and
+    test images are looked at, and no labels. Raises UserError for fewer than 5 training images.
+    """
+    train_images, test_images = load_images(run, data)
+    train_images, test_images = train_images[:PROBED], test_images[:PROBED]
+    if len(train_images) < 5:
+        raise UserError(f"--probe transform needs at least 5 training images, not {len(train_images)}")
+    rows = {}
+    for column, (transform, classes) in TRANSFORMS.items():
+        for name, source in (("", run), (" untrained", untrained(run))):
+            (a, a_y), (b, b_y) = (transformed(source, images, transform, classes, seed)
+                                  for seed, images in enumerate((train_images, test_images)))
+            for tap in a:
+                first = {"tap": tap + name, "layer": layer_name(source, tap), "dim": a[tap].shape[1]}
+                row = rows.setdefault(tap + name, first)
+                row[column], row["l2 " + column] = linear_probe(a[tap], a_y, b[tap], b_y)
+    chance = {column: 100 / classes for column, (_, classes) in TRANSFORMS.items()}
+    return [*rows.values(), {"tap": "chance", "layer": "", "dim": 0, **chance}]
+
+
+def load_images(run, data=None) -> tuple[Tensor, Tensor]:
+    """The images, without labels, that the run was trained on, and the test images."""
+    train_images, test_images = (train.load_dataset(run.args.dataset, data or run.args.data, part, run.args.image_size)[0]
+                                 for part in (True, False))
+    return train_images[:run.args.limit], test_images
+
+
+def transformed(run, images: Tensor, transform, classes: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """features() of uint8 images (M, 3, S, S), each transformed by a class of its own, and the classes (M,)."""
+    generator, drawn = train.stream(seed, 0, 1), []
+    def view(batch):
+        drawn.append(torch.randint(classes, (len(batch),), generator=generator).to(batch.device))
+        return train.normalize(transform(batch.float() / 255, drawn[-1]))
+    return features(run, images, view), torch.cat(drawn)
+
+
 def main() -> None:
     p = train.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("run", nargs="?", metavar="RUN", help="a run's folder (default: the newest in runs/)")
     p.add_argument("--data", metavar="DIR", help="where the data set lies, if it has moved since")
-    p.add_argument("--k", type=train.number(int, 1), nargs="+", default=[20, 200], help="neighbours for kNN (default: 20 200)")
+    p.add_argument("--probe", choices=["labels", "transform"], default="labels",
+                   help="what linear probes are for: the labels, or rotation, flip, gray and quadrant of the image")
+    p.add_argument("--k", type=train.number(int, 1), nargs="+", help="neighbours for kNN (default: 20 200)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", action="store_true", help="the same as one line of JSON")
     args = p.parse_args()
+    if args.k and args.probe == "transform":
+        raise UserError("--k: there is no kNN in --probe transform")
     if args.run is None:
         runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda f: f.stat().st_mtime)
         if not runs:
             raise UserError("no run in runs/: make one by python train.py, or name its folder")
         args.run = runs[-1].parent
     run = load_run(args.run, train.usable(args.device))
-    rows = table(run, args.k, args.data)
+    rows = transform_table(run, args.data) if args.probe == "transform" else table(run, args.k or (20, 200), args.data)
     if args.json:
         print(json.dumps({"run": str(run.path), "step": run.step, "args": vars(run.args), "rows": rows}))
         return
@@ -201,7 +285,9 @@ def main() -> None:
     cells = [columns] + [[f"{v:.{2 if key in ('alignment', 'uniformity') else 1}f}" if isinstance(v, float) else str(v)
                           for key, v in row.items() if key in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    print(f"{run.path}, step {run.step}; accuracies in percent, knn by cosine, rank, alignment and uniformity on test images")
+    what = {"labels": "accuracies in percent, knn by cosine, rank, alignment and uniformity on test images",
+            "transform": "accuracy in percent of linear probes for what was done to a test image"}
+    print(f"{run.path}, step {run.step}; {what[args.probe]}")
     for line in cells:
         print("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip())
 

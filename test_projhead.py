@@ -872,6 +872,70 @@ def test_knn_is_the_naive_vote():
         assert evaluation.knn(x, y, tx, ty, k) == pytest.approx(100 * right / 40)
 
 
+def test_transformations_are_torchvisions_image_by_image():
+    for S in (32, 9):
+        x = torch.rand(16, 3, S, S)
+        half, y = S // 2, torch.arange(16) % 4
+        corners = [(0, 0), (0, S - half), (S - half, 0), (S - half, S - half)]
+        naive = {"rotation": lambda image, k: TF.rotate(image, 90.0 * k),
+                 "flip": lambda image, k: TF.horizontal_flip(image) if k else image,
+                 "gray": lambda image, k: TF.rgb_to_grayscale(image, 3) if k else image,
+                 "quadrant": lambda image, k: TF.resized_crop(image, *corners[k], half, half, [S, S], antialias=True)}
+        assert naive.keys() == evaluation.TRANSFORMS.keys()
+        for name, (transform, classes) in evaluation.TRANSFORMS.items():
+            before, some = x.clone(), y % classes
+            theirs = torch.stack([naive[name](image, k) for image, k in zip(x, some.tolist())])
+            assert torch.allclose(transform(x, some), theirs, atol=1e-5), (name, S)
+            assert torch.equal(x, before) and not torch.allclose(theirs, x)
+
+
+def test_transform_probes_read_what_can_be_read_and_nothing_else(monkeypatch):
+    """Four corners of a fixed colour each tell every transformation apart; noise tells none but gray."""
+    corners = F.interpolate(randn(1, 3, 2, 2, seed=3).sigmoid() * 255, scale_factor=8)
+    noise = lambda M, seed: torch.randint(0, 256, (M, 3, 16, 16), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    sets = {"corners": lambda M, seed: (corners + noise(M, seed) / 8 - 16).clamp(0, 255).to(torch.uint8), "noise": noise}
+    f = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12)).eval()
+    for data in ("corners", "noise"):
+        def load(name, root, part, size):
+            return sets[data](1200 if part else 600, seed=int(part)), None          # no labels
+        monkeypatch.setattr(train, "load_dataset", load)
+        args = train.argparse.Namespace(dataset=data, data="", image_size=16, limit=1000, predictor="none")
+        some = train.argparse.Namespace(args=args, encoder=f, untrained=copy.deepcopy(f), head=nn.Sequential(nn.Identity(), nn.Tanh()),
+                                        predictor=nn.Identity())
+        rows = {row["tap"]: row for row in evaluation.transform_table(some)}
+        assert list(rows) == ["h", "g[0]", "z", "h untrained", "chance"] and rows["g[0]"]["layer"] == "Identity"
+        for name in evaluation.TRANSFORMS:
+            if data == "corners":
+                assert rows["h"][name] > 99, name
+            elif name != "gray":
+                assert abs(rows["h"][name] - rows["chance"][name]) < 8, name
+        assert rows["h"] | {"tap": ""} == rows["h untrained"] | {"tap": ""} == evaluation.transform_table(some)[0] | {"tap": ""}
+        assert [rows["chance"][name] for name in evaluation.TRANSFORMS] == [25, 50, 50, 25]
+
+
+def test_transform_probes_from_the_command_line_without_labels(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+    (tmp_path / "flat").mkdir()
+    for i in range(15):
+        Image.new("RGB", (9, 12), (10 * i, 200, 3 * i)).save(tmp_path / "flat" / f"{i}.png")
+    run(f"--dataset folder --data {tmp_path}/flat --image-size 16 --encoder convnet --limit 6 --batch-size 4 --predictor mlp")
+    seen, features = set(), evaluation.features
+    monkeypatch.setattr(evaluation, "features", lambda run, images, view: seen.add(len(images)) or features(run, images, view))
+    monkeypatch.setattr(evaluation, "PROBED", 5)
+    capsys.readouterr()
+    for words in ("run --probe transform --json", "run --probe transform"):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *words.split()])
+        evaluation.main()
+        out = capsys.readouterr().out
+        if "--json" in words:
+            rows = json.loads(out)["rows"]
+    assert seen == {5, 3}                               # of 12 and 3 images
+    assert {"h", "z", "p", "h untrained", "chance"} <= {row["tap"] for row in rows}
+    lines = out.splitlines()
+    assert lines[1].split() == ["tap", "layer", "dim", *evaluation.TRANSFORMS] and len(lines) == 2 + len(rows)
+    assert lines[-1].split() == ["chance", "0", "25.0", "50.0", "50.0", "25.0"]
+
+
 # ---------------------------------------------------------------------------- data, files and flags
 
 def test_shapes_are_drawn_the_same_and_apart():
@@ -1065,12 +1129,13 @@ def test_the_benchmark_prints_its_ratios(monkeypatch, capsys):
     assert sorted(Path(".").rglob("*")) == before
 
 
-@pytest.mark.parametrize("words", ["", "nowhere", "empty", "broken", "run --device cuda:99", "run --k 0", "run --wrong"])
+@pytest.mark.parametrize("words", ["", "nowhere", "empty", "broken", "run --device cuda:99", "run --k 0", "run --wrong",
+                                   "run --probe transform --k 20", "run --probe colour", "tiny --probe transform"])
 def test_eval_refuses_in_one_line(words, monkeypatch, capsys):
     Path("empty").mkdir(), Path("broken").mkdir()
     Path("broken/checkpoint.pt").write_bytes(b"junk")
-    if words.startswith("run"):
-        run("--head mlp")
+    if words.startswith(("run", "tiny")):
+        run("--head mlp" + " --limit 4 --batch-size 4" * words.startswith("tiny"), words.split()[0])
     monkeypatch.setattr(sys, "argv", ["eval.py", *words.split()])
     with pytest.raises(SystemExit) as stop:
         train.main(evaluation.main)
