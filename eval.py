@@ -4,6 +4,7 @@
     python eval.py                # the newest run in runs/
     python eval.py RUN --json     # the same table as one line of JSON
     python eval.py RUN --probe transform     # what linear probes can tell of what was done to an image; needs no labels
+    python eval.py RUN --neighbors out.png   # a picture instead: test images with their nearest training images
 
 Every network is frozen and in eval mode; labels are read here and nowhere else. A linear probe and a kNN see only the
 training images of the run (its first --limit N, where it was given); the test images are scored once.
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.utils import make_grid, save_image
 
 import train
 from projhead import alignment, effective_rank, uniformity
@@ -259,24 +261,56 @@ def transformed(run, images: Tensor, transform, classes: int, seed: int) -> tupl
     return features(run, images, view), torch.cat(drawn)
 
 
+# ---------------------------------------------------------------------------- a picture
+
+def draw_neighbors(run, path, data=None, n: int = 8, k: int = 8) -> None:
+    """Writes a picture to path: the first n test images, each with its k nearest training images of the run by cosine.
+
+    A block per test image: on the left the image; beside it its neighbours by h, and below these by z where there is
+    a head, nearest first. Raises UserError for a file type that cannot be written, OSError for a path that cannot.
+    """
+    train_images, test_images = load_images(run, data)
+    a, b, nearest = features(run, train_images), features(run, test_images[:n]), {}
+    for tap in ("h", "z") if "z" in b else ("h",):
+        cosine = F.normalize(b[tap], dim=1) @ F.normalize(a[tap], dim=1).T
+        nearest[tap] = cosine.topk(min(k, len(a[tap])), dim=1).indices.tolist()         # n x k
+    blocks = []
+    for i in range(len(b["h"])):
+        blank = torch.full_like(test_images[i], 255)
+        rows = [[test_images[i] if tap == "h" else blank, blank, *(train_images[j] for j in nearest[tap][i])]
+                for tap in nearest]
+        blocks.append(make_grid(torch.stack(sum(rows, [])) / 255, nrow=len(rows[0]), padding=2, pad_value=1))
+    try:
+        save_image(make_grid(blocks, nrow=1, padding=8, pad_value=1), path)
+    except ValueError as e:
+        raise UserError(f"--neighbors {path}: {e}") from None
+
+
 def main() -> None:
     p = train.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("run", nargs="?", metavar="RUN", help="a run's folder (default: the newest in runs/)")
     p.add_argument("--data", metavar="DIR", help="where the data set lies, if it has moved since")
     p.add_argument("--probe", choices=["labels", "transform"], default="labels",
                    help="what linear probes are for: the labels, or rotation, flip, gray and quadrant of the image")
+    p.add_argument("--neighbors", metavar="PNG", help="draw test images and their nearest training images; no table")
     p.add_argument("--k", type=train.number(int, 1), nargs="+", help="neighbours for kNN (default: 20 200)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", action="store_true", help="the same as one line of JSON")
     args = p.parse_args()
-    if args.k and args.probe == "transform":
-        raise UserError("--k: there is no kNN in --probe transform")
+    if args.k and (args.neighbors or args.probe == "transform"):
+        raise UserError("--k: there is kNN in the table of label probes only")
+    if args.neighbors and (args.json or args.probe == "transform"):
+        raise UserError("--neighbors: draws a picture instead of a table")
     if args.run is None:
         runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda f: f.stat().st_mtime)
         if not runs:
             raise UserError("no run in runs/: make one by python train.py, or name its folder")
         args.run = runs[-1].parent
     run = load_run(args.run, train.usable(args.device))
+    if args.neighbors:
+        draw_neighbors(run, args.neighbors, args.data)
+        print(f"{args.neighbors}: test images, each with the training images nearest by cosine of h and, below, of z")
+        return
     rows = transform_table(run, args.data) if args.probe == "transform" else table(run, args.k or (20, 200), args.data)
     if args.json:
         print(json.dumps({"run": str(run.path), "step": run.step, "args": vars(run.args), "rows": rows}))

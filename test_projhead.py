@@ -936,6 +936,33 @@ def test_transform_probes_from_the_command_line_without_labels(tmp_path, monkeyp
     assert lines[-1].split() == ["chance", "0", "25.0", "50.0", "50.0", "25.0"]
 
 
+@pytest.mark.parametrize("head, limit, n", [("mlp", 16, 8), ("mlp", 5, 8), ("none", 16, 8), ("mlp", 16, 1)])
+def test_neighbors_are_drawn_in_their_places(head, limit, n, monkeypatch, capsys):
+    from PIL import Image
+    run(f"--head {head} --limit {limit} --batch-size 4", "drawn")
+    Path("out.png").write_text("the file that was named is replaced")
+    before = {f: f.read_bytes() for f in Path(".").rglob("*") if f.is_file() and f.name != "out.png"}
+    if n == 8:
+        monkeypatch.setattr(sys, "argv", "eval.py drawn --neighbors out.png".split())
+        evaluation.main()
+    else:
+        evaluation.draw_neighbors(evaluation.load_run("drawn"), "out.png", n=n)
+    assert before == {f: f.read_bytes() for f in Path(".").rglob("*") if f.is_file() and f.name != "out.png"}
+    picture = torchvision.transforms.functional.pil_to_tensor(Image.open("out.png"))
+    (train_images, _), (test_images, _) = train.load_dataset("shapes"), train.load_dataset("shapes", train=False)
+    frozen, k, taps = evaluation.load_run("drawn"), min(limit, 8), ["h"] if head == "none" else ["h", "z"]
+    a, b = evaluation.features(frozen, train_images[:limit]), evaluation.features(frozen, test_images)
+    outer = 8 * (n > 1)                                 # make_grid does not frame a single block
+    assert picture.shape == (3, outer + n * (34 * len(taps) + 2 + outer), 2 * outer + 34 * (k + 2) + 2)
+    for i in range(n):
+        for r, tap in enumerate(taps):
+            top = outer + i * (34 * len(taps) + 2 + outer) + 2 + 34 * r
+            near = sorted(range(limit), key=lambda j: -F.cosine_similarity(a[tap][j], b[tap][i], dim=0).item())[:k]
+            white = torch.full_like(test_images[0], 255)
+            for c, image in enumerate([white if r else test_images[i], white, *train_images[near]]):
+                assert torch.equal(picture[:, top:top + 32, outer + 2 + 34 * c:outer + 34 + 34 * c], image), (i, tap, c)
+
+
 # ---------------------------------------------------------------------------- data, files and flags
 
 def test_shapes_are_drawn_the_same_and_apart():
@@ -1130,17 +1157,21 @@ def test_the_benchmark_prints_its_ratios(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words", ["", "nowhere", "empty", "broken", "run --device cuda:99", "run --k 0", "run --wrong",
-                                   "run --probe transform --k 20", "run --probe colour", "tiny --probe transform"])
+                                   "run --probe transform --k 20", "run --probe colour", "tiny --probe transform",
+                                   "run --neighbors no/where.png", "run --neighbors empty", "run --neighbors run/checkpoint.pt",
+                                   "run --neighbors a.png --json", "run --neighbors a.png --probe transform"])
 def test_eval_refuses_in_one_line(words, monkeypatch, capsys):
     Path("empty").mkdir(), Path("broken").mkdir()
     Path("broken/checkpoint.pt").write_bytes(b"junk")
     if words.startswith(("run", "tiny")):
         run("--head mlp" + " --limit 4 --batch-size 4" * words.startswith("tiny"), words.split()[0])
+    before = {f: f.read_bytes() for f in Path(".").rglob("*") if f.is_file()}
     monkeypatch.setattr(sys, "argv", ["eval.py", *words.split()])
     with pytest.raises(SystemExit) as stop:
         train.main(evaluation.main)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert {f: f.read_bytes() for f in Path(".").rglob("*") if f.is_file()} == before
 
 
 def test_a_diverging_run_stops_and_keeps_what_it_has(capsys):
