@@ -36,8 +36,11 @@ def load_run(path, device="cpu") -> argparse.Namespace:
         raise UserError(f"no checkpoint.pt in {path}: name a run's folder, or make one by python train.py")
     checkpoint = train.load(path / "checkpoint.pt")
     run = argparse.Namespace(path=path, args=argparse.Namespace(**checkpoint["args"]), step=checkpoint["step"])
-    run.untrained, _, _ = train.build(run.args)
-    run.encoder, run.head, run.predictor = train.build(run.args)
+    try:
+        run.untrained, _, _ = train.build(run.args)
+        run.encoder, run.head, run.predictor = train.build(run.args)
+    except (RuntimeError, MemoryError) as e:
+        raise UserError(f"cannot build the networks of {path}: {type(e).__name__}") from None
     train.restore(checkpoint, {name: getattr(run, name) for name in ("encoder", "head", "predictor")}, path / "checkpoint.pt")
     for module in (run.untrained, run.encoder, run.head, run.predictor):
         module.to(device).eval().requires_grad_(False)
@@ -274,11 +277,12 @@ def draw_neighbors(run, path, data=None, n: int = 8, k: int = 8) -> None:
     for tap in ("h", "z") if "z" in b else ("h",):
         cosine = F.normalize(b[tap], dim=1) @ F.normalize(a[tap], dim=1).T
         nearest[tap] = cosine.topk(min(k, len(a[tap])), dim=1).indices.tolist()         # n x k
+    def pick(images, numbers):
+        return next(train.batches(images, [torch.tensor(numbers)], torch.device("cpu")))
     blocks = []
-    for i in range(len(b["h"])):
-        blank = torch.full_like(test_images[i], 255)
-        rows = [[test_images[i] if tap == "h" else blank, blank, *(train_images[j] for j in nearest[tap][i])]
-                for tap in nearest]
+    for i, query in enumerate(pick(test_images, range(len(b["h"])))):
+        blank = torch.full_like(query, 255)
+        rows = [[query if tap == "h" else blank, blank, *pick(train_images, nearest[tap][i])] for tap in nearest]
         blocks.append(make_grid(torch.stack(sum(rows, [])) / 255, nrow=len(rows[0]), padding=2, pad_value=1))
     try:
         save_image(make_grid(blocks, nrow=1, padding=8, pad_value=1), path)

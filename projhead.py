@@ -267,7 +267,7 @@ class DirectPred(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            W, rows = self.W, z.to(self.F.dtype)
+            W, rows = self.W, gather(z.to(self.F.dtype))
             if self.training:
                 self.F.lerp_(rows.T @ rows / len(rows), 1 - self.rho)
         return z.to(W.dtype) @ W
@@ -381,7 +381,7 @@ def matrix_information(h: Tensor, z: Tensor) -> Tensor:
     """
     def H(K):
         return -(K.square().sum() / len(K) ** 2).log()
-    h, z = (F.normalize(_at_least_float32(a), dim=1) for a in (h, z))
+    h, z = (F.normalize(gather(_at_least_float32(a)), dim=1) for a in (h, z))
     K_h, K_z = h @ h.T, z @ z.T
     return H(K_h) + H(K_z) - H(K_h * K_z)
 

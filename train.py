@@ -72,6 +72,7 @@ def recommended(args) -> dict:
         sparsity=0.5 if args.head == "sparse" else 0.0,
         sparsity_norm="l21" if args.sparsity else None,
         sparsity_layer=0 if args.sparsity else None,
+        information=0.0,
         dim=None if args.head in FIXED else 128,
         hidden=None,
         image_size=SIZES[args.dataset],
@@ -119,6 +120,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--sparsity", type=number(float, 0), metavar="LAMBDA", help="weight of the sparsity penalty; 0: off")
     p.add_argument("--sparsity-norm", choices=["l21", "l21-out", "l1", "l21-plain"], help="see projhead.sparsity")
     p.add_argument("--sparsity-layer", type=number(int, 0), help="which Linear of the head (default: 0, the first)")
+    p.add_argument("--information", type=number(float, 0), metavar="LAMBDA", help="weight of the matrix information of h and z; 0: off")
     p.add_argument("--dim", type=width, help="width of z (default: 128; slice: 360/2048 of the encoder's)")
     p.add_argument("--hidden", type=width, help="hidden width of the head (default: twice that of h)")
     p.add_argument("--dataset", choices=SIZES, default="shapes", help="shapes is drawn here; cifar10, cifar100, stl10 download")
@@ -170,6 +172,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     clash(args.head in (*FIXED, "linear"), "hidden", f"--head {args.head} has no hidden layer")
     clash(args.sparsity and args.head in FIXED, "sparsity", f"--head {args.head} has no weights to make sparse")
     clash(args.sparsity and not args.head_lr, "sparsity", "a frozen head cannot become sparse")
+    clash(args.information and args.head == "none", "information", "without a head z is h")
     clash(not args.sparsity, "sparsity_norm", "needs --sparsity LAMBDA or --head sparse")
     clash(not args.sparsity, "sparsity_layer", "needs --sparsity LAMBDA or --head sparse")
     clash(args.dataset != "folder", "image_size", f"{args.dataset} has images of {SIZES[args.dataset]} px")
@@ -718,6 +721,8 @@ def train(args, views=views) -> None:
             loss = (pair(p1, z2) + pair(p2, z1)) / 2    # both ways round [reading]; each detaches its second argument
         if args.sparsity:
             loss = loss + args.sparsity * projhead.sparsity(g, args.sparsity_norm, args.sparsity_layer)
+        if args.information:
+            loss = loss + args.information * projhead.matrix_information(h, z)
         return loss, z
 
     # Nothing in a step waits for the GPU: its moments are events, and its loss is read once it has arrived.
