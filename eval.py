@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 import train
-from projhead import alignment, effective_rank, uniformity
+from projhead import alignment, effective_rank, linear_weight, seen, uniformity
 from train import UserError
 
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -159,7 +159,10 @@ def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int
 # ---------------------------------------------------------------------------- the table
 
 def table(run, ks=(20, 200), data=None) -> list[dict]:
-    """A row {tap, dim, linear, knn20, ... rank, alignment, uniformity} for each tap, the untrained h last."""
+    """A row {tap, dim, linear, knn20, ... rank, alignment, uniformity} for each tap, the untrained h last.
+
+    That of h also has `seen`, the percentage of its variance that the head's first layer looks at (projhead.seen).
+    """
     args = run.args
     def load(part):
         return train.load_dataset(args.dataset, data or args.data, part, args.image_size)
@@ -187,6 +190,8 @@ def table(run, ks=(20, 200), data=None) -> list[dict]:
                 four = a[tap][good], labels, b[tap][good_test], labels_test
                 row["linear" + label], row["l2" + label] = linear_probe(*four)
                 row |= {f"knn{k}{label}": knn(*four, k=k) for k in ks}
+            if tap == "h" and any(isinstance(layer, nn.Linear) for layer in source.head):
+                row["seen"] = 100 * seen(b["h"], linear_weight(source.head))
             row |= {"rank": effective_rank(b[tap]), "alignment": alignment(view1[tap], view2[tap]),
                     "uniformity": uniformity(b[tap])}
             rows.append(row)
@@ -319,7 +324,7 @@ def main() -> None:
     if args.json:
         print(json.dumps({"run": str(run.path), "step": run.step, "args": vars(run.args), "rows": rows}))
         return
-    columns = [key for key in rows[0] if not key.startswith("l2")]
+    columns = [key for key in rows[0] if not key.startswith("l2") and key != "seen"]
     cells = [columns] + [[f"{v:.{2 if key in ('alignment', 'uniformity') else 1}f}" if isinstance(v, float) else str(v)
                           for key, v in row.items() if key in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]

@@ -418,6 +418,17 @@ def effective_rank(h: Tensor) -> float:
     return torch.special.entr(s).sum().exp().item()
 
 
+def seen(h: Tensor, W: Tensor, share: float = 0.99) -> float:
+    """The share of the variance of h (M, D) that a layer W (out, D) looks at, in [0, 1]. [reading]
+
+    That in the span of the fewest right singular vectors of W which hold `share` of ||W||_F^2: its row space, in effect.
+    """
+    _, s, V = torch.linalg.svd(W.double(), full_matrices=False)
+    k = int((s.square().cumsum(0) < share * s.square().sum()).sum()) + 1
+    h = h.double() - h.double().mean(dim=0)
+    return ((h @ V[:k].T).square().sum() / h.square().sum()).item()
+
+
 def spread(z: Tensor) -> float:
     """How far the rows of z (M, d) are from one direction: sqrt(1 - ||mean of unit rows||^2); 0 is collapsed, at most 1. [reading]"""
     return (1 - F.normalize(z.double(), dim=1).mean(dim=0).square().sum()).clamp(min=0).sqrt().item()

@@ -389,6 +389,18 @@ def test_effective_rank_alignment_uniformity():
     assert projhead.uniformity(a) == pytest.approx((-2 * pairs).exp().mean().log().item(), abs=1e-9)
 
 
+def test_seen_and_spread():
+    h = randn(200, 6) * torch.tensor([1, 2, 3, 1, 1, 1.0]) + 5
+    W = torch.zeros(8, 6, dtype=double)
+    W[0, 1], W[1, 2], W[2, 5] = 3, 4, 0.1               # the last holds less than 1 %
+    variance = h.var(0)
+    assert projhead.seen(h, W) == pytest.approx(((variance[1] + variance[2]) / variance.sum()).item())
+    assert projhead.seen(h, W, 0.9999) > projhead.seen(h, W) > projhead.seen(h, W, 0.5)
+    assert projhead.seen(h, torch.eye(6)) == pytest.approx(1)
+    assert projhead.spread(torch.ones(5, 3)) == pytest.approx(0, abs=1e-7) and projhead.spread(torch.eye(4) - 0.25) == pytest.approx(1)
+    assert projhead.spread(torch.tensor([[2.0, 0], [0, 3]])) == pytest.approx(math.sqrt(0.5))
+
+
 # ---------------------------------------------------------------------------- augmentation
 
 def test_resize_matrix_is_torchvisions_resized_crop():
@@ -1142,6 +1154,23 @@ def test_random_values_for_every_flag_are_taken_or_refused_in_one_line(monkeypat
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, (words, error)
     assert sorted(Path(".").rglob("*")) == before
+
+
+def test_views_are_shown(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", "train.py --show-views views.png".split())
+    train.run()
+    from PIL import Image
+    picture = torchvision.transforms.functional.pil_to_tensor(Image.open("views.png"))
+    assert picture.shape == (3, 8 * 34 + 2, 9 * 34 + 2) and list(Path(".").iterdir()) == [Path("views.png")]
+    images = train.load_dataset("shapes")[0][:8]
+    for row, image in enumerate(images):
+        tiles = [picture[:, 2 + 34 * row:34 + 34 * row, 2 + 34 * c:34 + 34 * c] for c in range(9)]
+        assert (tiles[0].int() - image).abs().max() <= 1 and torch.pdist(torch.stack(tiles).float().flatten(1)).min() > 50
+    for name in ("no/where.png", "views.nonsense", "views.png/x.png"):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--show-views", name])
+        with pytest.raises(SystemExit):
+            train.main(train.run)
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_the_benchmark_prints_its_ratios(monkeypatch, capsys):

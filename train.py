@@ -40,6 +40,7 @@ from projhead import HEADS, PREDICTORS
 SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "folder": 64}
 ENCODERS = ["convnet", "resnet18", "resnet34", "resnet50"]
 FIXED = ["none", "slice", "reweight"]       # projection heads without weights
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, of each channel, for every data set
 IN_MEMORY = 4 * 2**30       # bytes: a folder of images is decoded once if it is no larger than this, else in each epoch
 SKIPPED = set()             # the paths of the images of a folder that could not be read
 RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (int(os.environ.get(name, default)) for name, default in (   # torchrun sets these
@@ -142,6 +143,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--compile", action="store_true", help="torch.compile the encoder: slower start, faster steps")
     p.add_argument("--workers", type=number(int, 0, 256), help="processes that decode a folder's images (default: one per core, at most 16)")
     p.add_argument("--benchmark", action="store_true", help="train for a moment to print speeds, and keep nothing")
+    p.add_argument("--show-views", metavar="PNG", help="draw images and the views made of them instead of training")
     p.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/NAME, made of the flags)")
     args = p.parse_args(argv)
 
@@ -396,8 +398,8 @@ def view(images: Tensor, parameters: Tensor, order: list[int]) -> Tensor:
 
 
 def normalize(x: Tensor) -> Tensor:
-    """(x - mean) / std with ImageNet's channel means and deviations, for every data set: x in [0, 1], (N, 3, S, S)."""
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).to(x.device, x.dtype, non_blocking=True)
+    """(x - MEAN) / STD of x in [0, 1], (N, 3, S, S)."""
+    mean, std = torch.tensor([MEAN, STD]).to(x.device, x.dtype, non_blocking=True)
     return (x - mean[:, None, None]) / std[:, None, None]
 
 
@@ -535,7 +537,7 @@ def claim(out: Path, args) -> dict | None:
     if (out / "checkpoint.pt").exists():
         checkpoint = load(out / "checkpoint.pt")
         old = checkpoint["args"]
-        free = ["out", "device", "compile", "workers", "benchmark"] + ["data"] * (args.dataset != "folder")
+        free = ["out", "device", "compile", "workers", "benchmark", "show_views"] + ["data"] * (args.dataset != "folder")
         differ = [f"--{k.replace('_', '-')} {old[k]} there, {v} here" for k, v in vars(args).items() if k not in free and old[k] != v]
         if differ:
             raise UserError(f"{out} holds another run ({'; '.join(differ)}): choose another --out")
@@ -853,6 +855,20 @@ def train(args, views=views) -> None:
     say(f"done in {clock(time.perf_counter() - began)}. Look at it: python eval.py {out}")
 
 
+def show_views(args) -> None:
+    """Write a picture to args.show_views: eight images, each at the left of eight views of it as training sees them."""
+    images, _ = load_dataset(args.dataset, args.data, True, args.image_size)
+    batch, numbers = next(batches(images, [torch.arange(min(8, len(images)))], torch.device("cpu"))), stream(args.seed, 0, 1)
+    views = [augment(batch, numbers, args.crop_scale, args.hue, args.grayscale) for _ in range(8)]
+    x = torch.stack([normalize(batch.float() / 255), *views], dim=1).flatten(0, 1)        # 8 * 9 x 3 x S x S
+    mean, std = torch.tensor([MEAN, STD])[..., None, None]
+    try:
+        torchvision.utils.save_image((x * std + mean).clamp(0, 1), args.show_views, nrow=9)
+    except ValueError as e:
+        raise UserError(f"--show-views {args.show_views}: {e}") from None
+    print(f"{args.show_views}: images, and to the right of each eight views of it")
+
+
 def benchmark(args) -> None:
     """Print the speeds that README.md quotes, from short runs of train() itself: medians of five interleaved rounds."""
     if RANKS > 1:
@@ -906,7 +922,7 @@ class Pairs(torch.utils.data.Dataset):
         self.images, self.view = images.cpu(), T.Compose([
             T.ToPILImage(), T.RandomResizedCrop(args.image_size, (args.crop_scale, 1)), T.RandomHorizontalFlip(),
             T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, args.hue)], 0.8), T.RandomGrayscale(args.grayscale),
-            T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+            T.ToTensor(), T.Normalize(MEAN, STD)])
 
     def __len__(self):
         return len(self.images)
@@ -968,7 +984,7 @@ def main(run) -> None:
 def run() -> None:
     args = parse_args()
     try:
-        (benchmark if args.benchmark else train)(args)
+        (benchmark if args.benchmark else show_views if args.show_views else train)(args)
     except (RuntimeError, MemoryError) as e:
         if isinstance(e, MemoryError) or "to allocate" in str(e):
             raise UserError(f"out of memory with --batch-size {args.batch_size}: try --batch-size {max(2, args.batch_size // 2)}") from None
