@@ -161,7 +161,8 @@ def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int
 def table(run, ks=(20, 200), data=None) -> list[dict]:
     """A row {tap, dim, linear, knn20, ... rank, alignment, uniformity} for each tap, the untrained h last.
 
-    That of h also has `seen`, the percentage of its variance that the head's first layer looks at (projhead.seen).
+    Each also has its `spectrum`, and that of h has `seen`, the percentage of its variance that the head's first layer
+    looks at (projhead.seen).
     """
     args = run.args
     def load(part):
@@ -193,7 +194,7 @@ def table(run, ks=(20, 200), data=None) -> list[dict]:
             if tap == "h" and any(isinstance(layer, nn.Linear) for layer in source.head):
                 row["seen"] = 100 * seen(b["h"], linear_weight(source.head))
             row |= {"rank": effective_rank(b[tap]), "alignment": alignment(view1[tap], view2[tap]),
-                    "uniformity": uniformity(b[tap])}
+                    "uniformity": uniformity(b[tap]), "spectrum": spectrum(b[tap])}
             rows.append(row)
     return rows
 
@@ -251,6 +252,12 @@ def transform_table(run, data=None) -> list[dict]:
                 row[column], row["l2 " + column] = linear_probe(a[tap], a_y, b[tap], b_y)
     chance = {column: 100 / classes for column, (_, classes) in TRANSFORMS.items()}
     return [*rows.values(), {"tap": "chance", "layer": "", "dim": 0, **chance}]
+
+
+def spectrum(h: Tensor) -> list[float]:
+    """The singular values number 1, 2, 4, 8 ... of h (M, D), as shares of the first."""
+    s = torch.linalg.svdvals(h.double())
+    return [round((s[i - 1] / s[0]).item(), 5) for i in (2**k for k in range(len(s).bit_length()))]
 
 
 def load_images(run, data=None) -> tuple[Tensor, Tensor]:
@@ -324,7 +331,7 @@ def main() -> None:
     if args.json:
         print(json.dumps({"run": str(run.path), "step": run.step, "args": vars(run.args), "rows": rows}))
         return
-    columns = [key for key in rows[0] if not key.startswith("l2") and key != "seen"]
+    columns = [key for key in rows[0] if not key.startswith("l2") and key not in ("seen", "spectrum")]
     cells = [columns] + [[f"{v:.{2 if key in ('alignment', 'uniformity') else 1}f}" if isinstance(v, float) else str(v)
                           for key, v in row.items() if key in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]

@@ -498,6 +498,7 @@ def test_every_combination_trains_saves_and_evaluates(head, predictor):
         expected = ["h"] + ["z"] * layers + ["p"] * (predictor != "none")
         assert [tap for tap in features if not tap.startswith("g")] == expected
     rows = evaluation.table(evaluation.load_run(loss))
+    assert rows[0]["spectrum"][0] == 1 and len(rows[0]["spectrum"]) == 5 and rows[0]["spectrum"] == sorted(rows[0]["spectrum"])[::-1]
     assert rows[-1]["tap"] == "h untrained" and {"linear shape", "linear hue", "knn20 shape", "rank"} <= rows[0].keys()
 
 
