@@ -625,6 +625,45 @@ def views(images, args, steps: range, per_epoch: int, batch_size: int, device):
         yield torch.cat(x).contiguous(memory_format=torch.channels_last)
 
 
+class Watch:
+    """The losses and times of steps, without waiting for a GPU: there a moment is an event, and a loss is read once it has arrived."""
+
+    def __init__(self, device, advice: str):
+        self.cuda, self.advice, self.pending = device.type == "cuda", advice, collections.deque()
+        self.reset()
+
+    def reset(self):
+        self.since, self.network, self.loss = time.perf_counter(), 0.0, 0.0     # seconds, seconds, sum over steps
+
+    def moment(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self):
+        self.begin = self.moment()
+
+    def stop(self, step: int, rate: float, loss: Tensor):
+        self.pending.append((step, rate, loss.detach().to("cpu", non_blocking=True), self.begin, self.moment()))
+        self.look(wait=False)
+
+    def look(self, wait: bool):
+        """Take in the steps that are done, or all of them. Raises UserError for a loss that is not finite."""
+        while self.pending and (wait or not self.cuda or self.pending[0][-1].query()):
+            step, rate, loss, begin, end = self.pending.popleft()
+            if self.cuda:
+                end.synchronize()
+            self.network += begin.elapsed_time(end) / 1000 if self.cuda else end - begin
+            self.loss += loss.item()
+            if not math.isfinite(loss.item()):
+                raise self.diverged(f"the loss is {loss.item()}", step, rate)
+
+    def diverged(self, what: str, step: int, rate: float) -> UserError:
+        return UserError(f"{what} in step {step}, at a learning rate of {rate:.3g}: {self.advice}")
+
+
 @contextlib.contextmanager
 def signal_handlers_restored():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -633,6 +672,18 @@ def signal_handlers_restored():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def catch_signals() -> list[int]:
+    """A list that will hold the first SIGINT or SIGTERM."""
+    caught = []
+    def catch(number, _):
+        caught.append(number)
+        for number in (signal.SIGINT, signal.SIGTERM) if RANKS == 1 else ():    # torchrun passes on what has come already
+            signal.signal(number, signal.SIG_DFL)                               # a second one quits at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return caught
 
 
 @signal_handlers_restored()
@@ -727,42 +778,11 @@ def train(args, views=views) -> None:
             loss = loss + args.information * projhead.matrix_information(h, z)
         return loss, z
 
-    # Nothing in a step waits for the GPU: its moments are events, and its loss is read once it has arrived.
-    def moment():
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def look(wait):
-        """Take in the losses and times of the steps that are done. Raises UserError for a loss that is not finite."""
-        nonlocal total_loss, network
-        while pending and (wait or device.type != "cuda" or pending[0][-1].query()):
-            step, rate, loss, begin, end = pending.popleft()
-            if device.type == "cuda":
-                end.synchronize()
-            network += begin.elapsed_time(end) / 1000 if device.type == "cuda" else end - begin
-            total_loss += loss.item()
-            if not math.isfinite(loss.item()):
-                raise diverged(f"the loss is {loss.item()} in step {step}", rate)
-
-    def diverged(what, rate):
-        return UserError(f"{what}, at a learning rate of {rate:.3g}: try a smaller --lr than {args.lr}; {out} keeps what was saved before")
-
-    stop = []
-    def on_signal(number, _):
-        stop.append(number)
-        for number in (signal.SIGINT, signal.SIGTERM) if RANKS == 1 else ():    # torchrun passes on what has come already
-            signal.signal(number, signal.SIG_DFL)       # a second one quits at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-
+    watch, stop = Watch(device, f"try a smaller --lr than {args.lr}; {out} keeps what was saved before"), catch_signals()
     say(f"{out}: {len(images)} images of {args.image_size} px, {args.encoder}, {total - start} steps of {batch_size} images on "
         f"{device}" + f", {RANKS} processes" * (RANKS > 1), flush=True)
     f.train(), g.train(), q.train()
-    began = since = time.perf_counter()
-    pending, total_loss, network, total_inner, warned = collections.deque(), 0.0, 0.0, 0.0, False
+    began, total_inner, warned = time.perf_counter(), 0.0, False
     for step, x in enumerate(views(images, args, range(start, total), per_epoch, batch_size, device), start):
         epoch, i = divmod(step, per_epoch)
         rate = learning_rate(step, total, peak, args.warmup)
@@ -771,7 +791,7 @@ def train(args, views=views) -> None:
                 group["lr"] = rate * group["scale"]
 
         # Both views in one batch: BatchNorm sees both, where SimSiam and BYOL run one after the other.
-        begin = moment()
+        watch.start()
         with amp():
             h = f(x)                                    # 2N x D
             t = None
@@ -795,8 +815,7 @@ def train(args, views=views) -> None:
                 for slow, fast in zip(target.parameters(), nn.Sequential(f, g).parameters()):
                     slow.lerp_(fast, 1 - m)
 
-        pending.append((step + 1, rate, loss.detach().to("cpu", non_blocking=True), begin, moment()))
-        look(wait=False)
+        watch.stop(step + 1, rate, loss)
         eta = (time.perf_counter() - began) / (step + 1 - start) * (total - step - 1)
         if step == start and eta > 3600 and device.type == "cpu":
             say(f"this will take about {eta / 3600:.0f} hours on this CPU; "
@@ -811,12 +830,12 @@ def train(args, views=views) -> None:
             continue
 
         # The end of an epoch: measure the last batch, log, save.
-        look(wait=True)
+        watch.look(wait=True)
         if not all(p.isfinite().all() for m in modules.values() for p in m.parameters()):
-            raise diverged(f"a weight is not finite after step {step + 1}", rate)
+            raise watch.diverged("a weight is not finite", step + 1, rate)
         if i + 1 == per_epoch:
             done = step + 1 - max(start, epoch * per_epoch)
-            means = torch.tensor([total_loss, float(total_inner)], dtype=torch.float64) / done / RANKS
+            means = torch.tensor([watch.loss, float(total_inner)], dtype=torch.float64) / done / RANKS
             h, z = projhead.gather(h.detach()), projhead.gather(z.detach())
             if RANKS > 1:
                 dist.all_reduce(means)
@@ -833,9 +852,9 @@ def train(args, views=views) -> None:
                 line["pruned"] = projhead.share_pruned(g, args.sparsity_layer)
             if args.dataset == "folder":
                 line["skipped"] = len(SKIPPED)
-            seconds = time.perf_counter() - since
+            seconds = time.perf_counter() - watch.since
             line |= {"seconds": seconds, "views_per_s": 2 * batch_size * done / seconds,
-                     "overhead": 1 - network / seconds, "memory": peak_memory(device)}
+                     "overhead": 1 - watch.network / seconds, "memory": peak_memory(device)}
             log.append(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}))
             if RANK == 0:
                 write(out / "metrics.jsonl", "".join(line + "\n" for line in log).encode())
@@ -851,7 +870,8 @@ def train(args, views=views) -> None:
         if stopped and step + 1 < total:
             say(f"\nstopped after step {step + 1} of {total}; this continues: {command()}", file=sys.stderr)
             raise SystemExit(128 + stopped)
-        since, total_loss, network, total_inner = time.perf_counter(), 0.0, 0.0, 0.0
+        watch.reset()
+        total_inner = 0.0
     say(f"done in {clock(time.perf_counter() - began)}. Look at it: python eval.py {out}")
 
 
