@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -1236,6 +1237,15 @@ def test_the_readmes_commands_parse(capsys):
             assert words[-1] in help_text, words
         else:
             train.parse_args(words)
+
+
+def test_the_readme_quotes_projhead_as_it_is():
+    code, quoted = (HERE / "projhead.py").read_text(), 0
+    for block in re.findall(r"```py\n(.*?)```", (HERE / "README.md").read_text(), re.S):
+        for part in block.strip("\n").split("\n\n"):
+            assert any(textwrap.indent(part, " " * indent) in code for indent in (0, 4, 8)), part
+            quoted += 1
+    assert quoted >= 5
 
 
 def test_names_that_others_rely_on():

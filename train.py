@@ -893,8 +893,12 @@ def benchmark(args) -> None:
     """Print the speeds that README.md quotes, from short runs of train() itself: medians of five interleaved rounds."""
     if RANKS > 1:
         raise UserError("--benchmark runs in one process")
-    args.limit = args.limit or args.batch_size * (40 if args.device == "cuda" or args.encoder == "convnet" else 4)
-    args.epochs = 2                                     # the first warms up
+    images, device = load_dataset(args.dataset, args.data, True, args.image_size)[0], usable(args.device)
+    if isinstance(images, Folder):
+        raise UserError(f"--benchmark needs images that fit in memory: {args.data} has {len(images)}")
+    args.limit = min(len(images), args.limit or args.batch_size * (40 if device.type == "cuda" or args.encoder == "convnet" else 4))
+    args.batch_size, images = min(args.batch_size, args.limit), images[:args.limit].to(device)
+    per_epoch, args.epochs = args.limit // args.batch_size, 2       # the first epoch warms up
     variants = {"training": (views, {}), "ready": (ready_views, {}), "pillow": (pillow_views, {})}
     if args.head_lr:
         variants |= {"joint": (views, {"inner_steps": 0}), "inner": (views, {"inner_steps": 5})}
@@ -905,11 +909,9 @@ def benchmark(args) -> None:
                 train(argparse.Namespace(**vars(args) | changes | {"out": folder + "/run"}), how)
                 line = json.loads((Path(folder) / "run/metrics.jsonl").read_text().splitlines()[-1])
             speeds[name].append(line["views_per_s"])
-        images = load_dataset(args.dataset, args.data, True, args.image_size)[0][:args.limit]
-        per_epoch, device = len(images) // args.batch_size, usable(args.device)
         for name, how in (("views alone", views), ("pillow alone", pillow_views)):
             began = time.perf_counter()
-            for x in how(images.to(device), args, range(per_epoch), per_epoch, args.batch_size, device):
+            for x in how(images, args, range(per_epoch), per_epoch, args.batch_size, device):
                 pass
             x.sum().item()                              # waits for the device
             speeds[name].append(2 * args.batch_size * per_epoch / (time.perf_counter() - began))
