@@ -140,7 +140,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--grayscale", type=share, help="probability of a gray view")
     p.add_argument("--seed", type=number(int, 0, 10**6), default=0)
     p.add_argument("--device", help="default: cuda where there is one, else cpu")
-    p.add_argument("--compile", action="store_true", help="torch.compile the encoder: slower start, faster steps")
+    p.add_argument("--compile", action="store_true", help="torch.compile the encoder; not faster everywhere (README.md)")
     p.add_argument("--workers", type=number(int, 0, 256), help="processes that decode a folder's images (default: one per core, at most 16)")
     p.add_argument("--benchmark", action="store_true", help="train for a moment to print speeds, and keep nothing")
     p.add_argument("--show-views", metavar="PNG", help="draw images and the views made of them instead of training")
@@ -706,8 +706,8 @@ def train(args, views=views) -> None:
     images = images[:args.limit]
     if isinstance(images, Tensor):
         images = images.to(device)
-    if len(images) < 2:
-        raise UserError("one image is no training set: a loss needs at least two")
+    if len(images) < max(2, RANKS):
+        raise UserError(f"{len(images)} images are no training set for {RANKS} processes: a loss needs at least two")
     if checkpoint and checkpoint.get("images") != len(images):
         raise UserError(f"{out} was trained on {checkpoint.get('images')} images, and there are {len(images)} now: choose another --out")
     batch_size = min(args.batch_size, len(images) // RANKS * RANKS)
