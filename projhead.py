@@ -139,8 +139,8 @@ class Reweight(nn.Module):
 class TopKHead(nn.Sequential):
     """z = W2 top_k(relu(W1 h)): (N, D) -> (N, d), the sparse head of Ouyang et al. 2025. [code]
 
-    Of the M = hidden features of a row the k largest are kept. M is 2 D, k an eighth of M, unless given [reading];
-    k > M raises RuntimeError in forward.
+    Of the M = hidden features of a row the k largest are kept. M is 2 D, k an eighth of M, unless given [reading]; the
+    width d of the output is that of our other heads, where theirs is D [reading]. k > M raises RuntimeError in forward.
     """
 
     def __init__(self, D: int, d: int = 128, hidden: int | None = None, k: int | None = None):
@@ -249,8 +249,8 @@ class DirectPred(nn.Module):
     """p = W z, W = U diag(max(sqrt(s / s_max) + eps, 1e-4)) U^T: (N, d) -> (N, d), Tian et al. 2021. [code]
 
     Not trained: s, U are the eigenpairs of F, which after each step becomes rho F + (1 - rho) E[z z^T]; rho 0.3, eps
-    0.01 [code]. That update is made in forward, in training mode, once p is computed; E is the mean over the batch, both
-    views, not centred, and F is 0, hence W = (1 + eps) I, at the start [reading].
+    0.01 [code]. That update is made in forward, in training mode, once p is computed (so in each inner step as well); E is
+    the mean over the batch, both views, not centred, and F is 0, hence W = (1 + eps) I, at the start [reading].
     """
 
     def __init__(self, d: int, rho: float = 0.3, eps: float = 0.01):
@@ -411,7 +411,7 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, wait: bool =
 # ---------------------------------------------------------------------------- measures
 
 def effective_rank(h: Tensor) -> float:
-    """exp(entropy of the normalized singular values) of h (M, D), as RankMe (2210.02885) [paper]; between 1 and D."""
+    """exp(entropy of the normalized singular values) of h (M, D), as RankMe (2210.02885) [paper]; from 1 to min(M, D)."""
     h = (h if len(h) > h.shape[1] else h.T).double()
     s = torch.linalg.eigvalsh(h.T @ h).clamp(min=0).sqrt()     # the singular values, far faster on a GPU
     s = s / s.sum().clamp(min=1e-300)       # all zeros have rank 1

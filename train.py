@@ -19,13 +19,13 @@ import io
 import json
 import math
 import os
-import random
 import shlex
 import signal
 import statistics
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -43,8 +43,9 @@ FIXED = ["none", "slice", "reweight"]       # projection heads without weights
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, of each channel, for every data set
 IN_MEMORY = 4 * 2**30       # bytes: a folder of images is decoded once if it is no larger than this, else in each epoch
 SKIPPED = set()             # the paths of the images of a folder that could not be read
-RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (int(os.environ.get(name, default)) for name, default in (   # torchrun sets these
-    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (    # torchrun sets these, and MASTER_ADDR
+    int(os.environ.get(name, default)) if "MASTER_ADDR" in os.environ else default
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
 WORKERS = min(16, os.cpu_count() // LOCAL_RANKS)
 
 
@@ -186,8 +187,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.out = args.out or os.path.join("runs", "-".join([*name, f"seed{args.seed}"]))
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.workers = WORKERS if args.workers is None else args.workers
-    if args.batch_size % RANKS:
-        raise UserError(f"--batch-size {args.batch_size} does not divide evenly over {RANKS} processes")
+    if args.dataset == "folder":
+        args.data = str(Path(args.data).resolve())      # so that a run knows its images from anywhere
     return args
 
 
@@ -197,7 +198,7 @@ def load_dataset(name: str, root="data", train: bool = True, size: int = 64) -> 
     """Images uint8 (M, 3, S, S) and labels int64 (M,), -1 where unknown; shapes has (M, 2): shape and hue.
 
     cifar10, cifar100 and stl10 (whose training part includes the unlabelled images) are downloaded to root when
-    absent. folder is root/train and root/test, or, without these, root with each fifth image for testing; its images
+    absent. folder is root/train and root/test, or, without these, root with a fifth, chosen by name, for testing; its images
     are resized to size and cropped to a square; subfolders, if any, are classes. What of it cannot be read is left out
     and named on stderr. Above IN_MEMORY bytes the images are a Folder, to be read by batches(). Raises UserError.
     """
@@ -298,15 +299,17 @@ def load_folder(root: Path, train: bool, size: int):
         raise UserError(f"no folder {root}: name one of images by --data, or use --dataset shapes")
     split = (root / "train").is_dir() and (root / "test").is_dir()
     base = root / ("train" if train else "test") if split else root
-    paths = sorted(f for f in base.rglob("*") if f.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS)
-    random.Random(0).shuffle(paths)         # so that the first N are of all classes
+    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
+    paths = [f for f in base.rglob("*") if f.suffix.lower() in kinds and not f.is_dir()]
+    number = {f: zlib.crc32(str(f.relative_to(base)).encode(errors="replace")) for f in paths}
+    paths.sort(key=lambda f: (number[f], f))            # mixed, so that the first N are of all classes
     allowed = 0.01 * len(paths)
     if train:
         SKIPPED.clear()
-    if not split:
-        paths = [f for i, f in enumerate(paths) if (i % 5 == 4) != train]
+    if not split:                                       # by name: an image does not change sides when others come or go
+        paths = [f for f in paths if (number[f] // 7 % 5 == 0) != train]
     if not paths:
-        raise UserError(f"no images in {base}" + ("" if split or train else ": five are needed for one to test on"))
+        raise UserError(f"no images ({' '.join(kinds)}) in {base} to {'train' if train else 'test'} on")
     top = root / "train" if split else root
     classes = {name: i for i, name in enumerate(sorted(d.name for d in top.iterdir() if d.is_dir()))}
     labels = torch.tensor([classes.get(f.relative_to(base).parts[0], -1) for f in paths])
@@ -527,7 +530,9 @@ def restore(checkpoint: dict, parts: dict, path: Path) -> None:
 def usable(device: str) -> torch.device:
     """The device of that name. Raises UserError where there is none."""
     try:
-        return torch.zeros(1, device=device).device
+        x = torch.zeros(1, device=device)
+        x.item()                                        # the device "meta" holds no values
+        return x.device
     except Exception as e:
         raise UserError(f"--device {device}: {str(e).splitlines()[0]}") from None
 
@@ -693,11 +698,16 @@ def train(args, views=views) -> None:
     views: what makes a step's input, to be replaced by --benchmark. Raises UserError; on SIGINT and SIGTERM it
     finishes the step, saves and raises SystemExit(130 or 143).
     """
+    if args.batch_size % RANKS:
+        raise UserError(f"--batch-size {args.batch_size} does not divide evenly over {RANKS} processes")
     out, device = Path(args.out), join(args)
     say = print if RANK == 0 else lambda *_, **__: None
     checkpoint = first_decides(lambda: claim(out, args))
-    if LOCAL_RANK:
-        dist.barrier()                                  # the first process of each machine downloads, then the others read
+    if LOCAL_RANK:                                      # the first process of each machine downloads, then the others read
+        try:
+            dist.barrier()
+        except RuntimeError:
+            raise UserError("the first process has stopped") from None
     images, _ = load_dataset(args.dataset, args.data, True, args.image_size)    # the labels are not looked at
     if RANKS > 1 and not LOCAL_RANK:
         dist.barrier()
@@ -742,7 +752,7 @@ def train(args, views=views) -> None:
 
     start = checkpoint["step"] if checkpoint else 0
     if start >= total:
-        return say(f"{out} is finished: {args.epochs} epochs. Look at it: python eval.py {out}")
+        return say(f"{out} is finished: {args.epochs} epochs. Look at it: python eval.py {shlex.quote(str(out))}")
     if checkpoint:
         restore(checkpoint, modules | optimizers, out / "checkpoint.pt")
     def save_state(step):
@@ -872,7 +882,7 @@ def train(args, views=views) -> None:
             raise SystemExit(128 + stopped)
         watch.reset()
         total_inner = 0.0
-    say(f"done in {clock(time.perf_counter() - began)}. Look at it: python eval.py {out}")
+    say(f"done in {clock(time.perf_counter() - began)}. Look at it: python eval.py {shlex.quote(str(out))}")
 
 
 def show_views(args) -> None:
@@ -967,7 +977,7 @@ def start_log(path: Path, args, epochs: int, device, M: int) -> list[str]:
              "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
              "processes": RANKS, "threads": torch.get_num_threads()}
-    lines = path.read_text().splitlines()[:1 + epochs] if epochs and path.exists() else []
+    lines = path.read_text(errors="replace").splitlines()[:1 + epochs] if epochs and path.exists() else []
     lines = lines or [json.dumps(first)]
     if RANK == 0:
         write(path, "".join(line + "\n" for line in lines).encode())
