@@ -757,6 +757,11 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_refused(monkeypatch)
         train.train(train.parse_args(["--batch-size", "15"]))
 
 
+def test_a_leftover_world_size_is_not_torchrun():
+    code = "import train; assert (train.RANK, train.RANKS) == (0, 1)"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | {"WORLD_SIZE": "2", "RANK": "x"}, check=True)
+
+
 class NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
     """Refuses what would make the host wait for a device, "meta" standing in for a GPU; reading a value of it raises anyway."""
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
