@@ -32,6 +32,7 @@ import train
 from projhead import HEADS, PREDICTORS
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)        # tiny tensors; a forked child has no more, and the bits depend on it
 double = torch.float64
 
 
