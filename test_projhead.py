@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Oracles, the field's recurring bugs, and the papers' claims, executable: pytest, under three minutes on two cores."""
+"""Oracles, the field's recurring bugs, and the papers' claims, executable: pytest, some three minutes on one core."""
 import copy
 import functools
 import itertools
@@ -502,9 +502,10 @@ def test_every_combination_trains_saves_and_evaluates(head, predictor):
         layers = head != "none" or predictor != "none" and loss != "bn"     # the last for its --projector-bn
         expected = ["h"] + ["z"] * layers + ["p"] * (predictor != "none")
         assert [tap for tap in features if not tap.startswith("g")] == expected
-    rows = evaluation.table(evaluation.load_run(loss))
-    assert rows[0]["spectrum"][0] == 1 and len(rows[0]["spectrum"]) == 5 and rows[0]["spectrum"] == sorted(rows[0]["spectrum"])[::-1]
-    assert rows[-1]["tap"] == "h untrained" and {"linear shape", "linear hue", "knn20 shape", "rank"} <= rows[0].keys()
+    if head == "mlp" or predictor == "none":
+        rows = evaluation.table(evaluation.load_run(loss))
+        assert rows[0]["spectrum"][0] == 1 and len(rows[0]["spectrum"]) == 5 and rows[0]["spectrum"] == sorted(rows[0]["spectrum"])[::-1]
+        assert rows[-1]["tap"] == "h untrained" and {"linear shape", "linear hue", "knn20 shape", "rank"} <= rows[0].keys()
 
 
 METHODS = ["--head mlp", "--head parametric --inner-steps 2", "--head sparse", "--head mlp --predictor mlp --target ema",
