@@ -63,8 +63,8 @@ def taps(run, x: Tensor) -> dict[str, Tensor]:
 def features(run, images: Tensor, view=None, batch_size: int = 500) -> dict[str, Tensor]:
     """{tap: float32 (M, dim)} of images, each passed through the frozen networks once.
 
-    run: what load_run returned, or a run's folder. images: uint8 (M, 3, S, S), or a train.Folder of M. view: a function uint8 (N, 3, S, S) -> normalized float32 that
-    replaces plain normalization. Taps: h, g[0] ... (layers inside the head), z, p; z is absent where g has no layer,
+    run: what load_run returned, or a run's folder. images: uint8 (M, 3, S, S), or a train.Folder of M. view: a function
+    uint8 (N, 3, S, S) -> normalized float32 that replaces plain normalization. Taps: h, g[0] ... (layers inside the head), z, p; z is absent where g has no layer,
     p where there is no prediction head. Raises RuntimeError if a parameter or buffer moved.
     """
     run = run if isinstance(run, argparse.Namespace) else load_run(run)
@@ -158,6 +158,13 @@ def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int
 
 # ---------------------------------------------------------------------------- the table
 
+def load_data(run, data=None) -> tuple:
+    """(images, labels) of the training part and of the test part; of the former the images that the run was trained on."""
+    args = run.args
+    (images, labels), test = (train.load_dataset(args.dataset, data or args.data, part, args.image_size) for part in (True, False))
+    return (images[:args.limit], labels), test
+
+
 def table(run, ks=(20, 200), data=None) -> list[dict]:
     """A row {tap, dim, linear, knn20, ... rank, alignment, uniformity} for each tap, the untrained h last.
 
@@ -165,10 +172,8 @@ def table(run, ks=(20, 200), data=None) -> list[dict]:
     looks at (projhead.seen).
     """
     args = run.args
-    def load(part):
-        return train.load_dataset(args.dataset, data or args.data, part, args.image_size)
-    (train_images, train_labels), (test_images, test_labels) = load(True), load(False)
-    train_images, train_labels = train_images[:args.limit], train_labels[:args.limit]
+    (train_images, train_labels), (test_images, test_labels) = load_data(run, data)
+    train_labels = train_labels[:args.limit]
     if train_labels.ndim == 1:
         train_labels, test_labels = train_labels[:, None], test_labels[:, None]
     known, known_test = (train_labels >= 0).all(1), (test_labels >= 0).all(1)
@@ -183,7 +188,7 @@ def table(run, ks=(20, 200), data=None) -> list[dict]:
     for name, source in (("", run), (" untrained", untrained(run))):
         a = features(source, train_images) if probed else None
         b, view1, view2 = features(source, test_images), features(source, test_images, view), features(source, test_images, view)
-        good, good_test = ([i not in getattr(images, "bad", ()) for i in range(len(images))] for images in (train_images, test_images))
+        good, good_test = train.readable(train_images), train.readable(test_images)
         for tap in b:
             row = {"tap": tap + name, "layer": layer_name(source, tap), "dim": b[tap].shape[1]}
             for i, label in enumerate({"shapes": (" shape", " hue")}.get(args.dataset, ("",)) if probed else ()):
@@ -237,8 +242,7 @@ def transform_table(run, data=None) -> list[dict]:
     Every image gets one at random, the same for all taps. Only the first eval.PROBED training images of the run and
     test images are looked at, and no labels. Raises UserError for fewer than 5 training images.
     """
-    train_images, test_images = load_images(run, data)
-    train_images, test_images = train_images[:PROBED], test_images[:PROBED]
+    train_images, test_images = (images[:PROBED] for images, _ in load_data(run, data))
     if len(train_images) < 5:
         raise UserError(f"--probe transform needs at least 5 training images, not {len(train_images)}")
     rows = {}
@@ -260,13 +264,6 @@ def spectrum(h: Tensor) -> list[float]:
     return [round((s[i - 1] / s[0]).item(), 5) for i in (2**k for k in range(len(s).bit_length()))]
 
 
-def load_images(run, data=None) -> tuple[Tensor, Tensor]:
-    """The images, without labels, that the run was trained on, and the test images."""
-    train_images, test_images = (train.load_dataset(run.args.dataset, data or run.args.data, part, run.args.image_size)[0]
-                                 for part in (True, False))
-    return train_images[:run.args.limit], test_images
-
-
 def transformed(run, images: Tensor, transform, classes: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     """features() of uint8 images (M, 3, S, S), each transformed by a class of its own, and the classes (M,)."""
     generator, drawn = train.stream(seed, 0, 1), []
@@ -284,7 +281,7 @@ def draw_neighbors(run, path, data=None, n: int = 8, k: int = 8) -> None:
     A block per test image: on the left the image; beside it its neighbours by h, and below these by z where there is
     a head, nearest first. Raises UserError for a file type that cannot be written, OSError for a path that cannot.
     """
-    train_images, test_images = load_images(run, data)
+    (train_images, _), (test_images, _) = load_data(run, data)
     a, b, nearest = features(run, train_images), features(run, test_images[:n]), {}
     for tap in ("h", "z") if "z" in b else ("h",):
         cosine = F.normalize(b[tap], dim=1) @ F.normalize(a[tap], dim=1).T

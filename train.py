@@ -194,7 +194,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 # ---------------------------------------------------------------------------- data
 
-def load_dataset(name: str, root="data", train: bool = True, size: int = 64) -> tuple[Tensor, Tensor]:
+def load_dataset(name: str, root="data", train: bool = True, size: int = 64) -> tuple:
     """Images uint8 (M, 3, S, S) and labels int64 (M,), -1 where unknown; shapes has (M, 2): shape and hue.
 
     cifar10, cifar100 and stl10 (whose training part includes the unlabelled images) are downloaded to root when
@@ -318,8 +318,12 @@ def load_folder(root: Path, train: bool, size: int):
         return images, labels
     numbers = torch.arange(len(paths)).split(64)
     everything = torch.cat(list(batches(images, numbers, torch.device("cpu"), WORKERS if len(paths) > 1000 else 0)))
-    good = torch.tensor([i not in images.bad for i in range(len(paths))])
-    return everything[good], labels[good]
+    return everything[readable(images)], labels[readable(images)]
+
+
+def readable(images) -> Tensor:
+    """bool (M,): False for the images of a Folder that batches() could not read; all True of a tensor."""
+    return torch.tensor([i not in getattr(images, "bad", ()) for i in range(len(images))])
 
 
 def draw_shapes(M: int, seed: int) -> tuple[Tensor, Tensor]:
