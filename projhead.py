@@ -95,7 +95,7 @@ class MLP(nn.Sequential):
 
 
 class SliceHead(nn.Sequential):
-    """z = h[:, :d]: (N, D) -> (N, d), DirectCLR: no weights, the other features learn through the encoder alone. [code]
+    """z = h[:, :d]: (N, D) -> (N, d), DirectCLR; no weights. [code]
 
     d is 360 of 2048 [code], and that share of any other D unless given [reading]. Raises ValueError for d outside 1 to D.
     """
@@ -377,7 +377,7 @@ def share_pruned(head: nn.Module, layer: int = 0) -> float:
 def matrix_information(h: Tensor, z: Tensor) -> Tensor:
     """I = H(K_h) + H(K_z) - H(K_h * K_z), H(K) = -log(||K||_F^2 / N^2), to be added to any loss as lambda * I. [code]
 
-    K = Z Z^T (N, N) of unit rows: the matrix mutual information of h (N, D) and z (N, d), Ouyang et al. 2025.
+    K = Z Z^T (N, N) of unit rows: the matrix information of h (N, D) and z (N, d), Ouyang et al. 2025.
     """
     def H(K):
         return -(K.square().sum() / len(K) ** 2).log()
