@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""The heads of self-supervised learning: what they are, and what is optimized through them.
+"""The heads of self-supervised learning, and what is optimized through them.
 
-    x1, x2  two views of an image        (N, 3, H, W)
+    x1, x2     two views of an image     (N, 3, H, W)
     h = f(x)   encoder                   (N, D)    kept after training; its parameters are theta
     z = g(h)   projection head           (N, d)    discarded; the parameters of g and q are phi
     p = q(z)   prediction head           (N, d)    discarded; without one the loss is contrastive
 
-    none, linear, mlp         SimCLR (2002.05709)               the heads that the others are read against
-    fit_head -> parametric    Gupta et al. 2022 (2212.11491)    the head as a part of the objective: phi is fitted first
-    sparsity -> sparse        Song et al. 2023 (2307.08913)     a penalty that makes the head sparse
-    OffDiagonal -> offdiag    Wen & Li 2022 (2205.06226)        starts as the identity, only off-diagonal entries train
-    MLPPredictor -> mlp       SimSiam (2011.10566), BYOL (2006.07733)
-    slice, reweight           DirectCLR (2110.09348), Xue et al. (2403.11391): heads without weights
-    topk, discrete            Ouyang et al. (2503.00507): heads that pass on less of h
-    directpred                Tian et al. (2102.06810): a prediction head that is computed, not trained
+    1  NoHead, LinearHead, MLP, nt_xent    SimCLR (2002.05709)               the heads that all others are compared with
+    2  fit_head                            Gupta et al. 2022 (2212.11491)    the head as a parametric component of InfoNCE
+    3  SparseHead, sparsity                Song et al. 2023 (2307.08913)     a regularizer makes the head sparse
+    4  OffDiagonal, bn_mse                 Wen & Li 2022 (2205.06226)        starts as the identity, only off-diagonal entries train
+    5  MLPPredictor, negative_cosine       SimSiam (2011.10566), BYOL (2006.07733)
+    6  SliceHead, ReweightHead, TopKHead, DiscreteHead, LinearPredictor, DirectPred       other papers' heads, and a control
 
-Each docstring says where it comes from: [paper] the paper states it, [code] a constant or formula of released
-code, [reading] our choice where the paper is not known to us to say. Nothing here reads a file or knows a data set.
+Each docstring names its source: [paper] the paper states it, [code] a constant or formula of released code, [reading]
+our choice where the sources that we had are silent. Nothing here reads a file or knows a data set.
 """
 import torch
 import torch.distributed as dist
@@ -25,7 +23,7 @@ import torchvision
 from torch import Tensor, nn
 
 
-# ---------------------------------------------------------------------------- encoders: x -> h
+# ---------------------------------------------------------------------------- 1  SimCLR
 
 class ConvNet(nn.Sequential):
     """A small encoder that trains in minutes on a CPU: (N, 3, H, W) -> (N, 128). [reading]
@@ -47,14 +45,14 @@ class ConvNet(nn.Sequential):
 def encoder(arch: str = "resnet18", image_size: int = 32) -> nn.Module:
     """The encoder f: (N, 3, image_size, image_size) -> (N, encoder.dim), without a classifier.
 
-    resnet18, resnet34 and resnet50 are torchvision's, with torchvision's parameter names. Up to 64 px the stem is
-    SimCLR's for CIFAR, a 3x3 convolution of stride 1 and no max-pool (its appendix B.9 [paper]). Raises ValueError for another arch.
+    arch is a key of ENCODERS; ValueError for another. The ResNets are torchvision's, with its parameter names. For CIFAR,
+    SimCLR has a first convolution of 3x3, stride 1, and no max-pool [paper]; we take that stem up to 64 px [reading].
     """
+    if arch not in ENCODERS:
+        raise ValueError(f"unknown encoder {arch!r}: choose from {', '.join(ENCODERS)}")
+    f = ENCODERS[arch]()
     if arch == "convnet":
-        return ConvNet()
-    if arch not in ("resnet18", "resnet34", "resnet50"):
-        raise ValueError(f"unknown encoder {arch!r}: choose from convnet, resnet18, resnet34, resnet50")
-    f = getattr(torchvision.models, arch)(weights=None)
+        return f
     if image_size <= 64:
         f.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
         f.maxpool = nn.Identity()
@@ -63,17 +61,15 @@ def encoder(arch: str = "resnet18", image_size: int = 32) -> nn.Module:
     return f
 
 
-# ---------------------------------------------------------------------------- projection heads: h -> z
-
 class NoHead(nn.Sequential):
-    """z = h: (N, D) -> (N, D), SimCLR's control: the loss sits on the representation itself. [paper]"""
+    """z = h: (N, D) -> (N, D). SimCLR's control: the loss acts on the representation itself. [paper]"""
 
     def __init__(self, D: int):
         super().__init__()
 
 
 class LinearHead(nn.Sequential):
-    """z = W h: (N, D) -> (N, d). SimCLR's linear head [paper]; no bias [reading]."""
+    """z = W h: (N, D) -> (N, d). SimCLR's linear head [paper]; without bias [reading]."""
 
     def __init__(self, D: int, d: int = 128):
         super().__init__(nn.Linear(D, d, bias=False))
@@ -82,134 +78,134 @@ class LinearHead(nn.Sequential):
 class MLP(nn.Sequential):
     """z = W2 relu(W1 h): (N, D) -> (N, d). SimCLR's head with one hidden layer [paper].
 
-    hidden is 2 D unless given [reading], and d 128: for ResNet-18 the 512-1024-128 of simclr-cifar10 [code].
+    hidden is 2 D unless given [reading], and d is 128: for ResNet-18 this is the 512-1024-128 of simclr-cifar10 [code].
+    depth is the number of linear layers, with a ReLU between any two: Gupta et al. study the head's layers [paper].
     """
 
-    def __init__(self, D: int, d: int = 128, hidden: int | None = None):
-        hidden = hidden or 2 * D
-        super().__init__(
-            nn.Linear(D, hidden),   # N x hidden
-            nn.ReLU(),
-            nn.Linear(hidden, d),   # N x d
-        )
+    def __init__(self, D: int, d: int = 128, hidden: int | None = None, depth: int = 2):
+        widths = [D] + [hidden or 2 * D] * (depth - 1) + [d]
+        layers = []
+        for i in range(depth):
+            layers += [nn.Linear(widths[i], widths[i + 1]), nn.ReLU()]
+        super().__init__(*layers[:-1])                              # no ReLU at the end
 
 
-class SliceHead(nn.Sequential):
-    """z = h[:, :d]: (N, D) -> (N, d), DirectCLR; no weights. [code]
+def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.5) -> Tensor:
+    """InfoNCE as in SimCLR: -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) ), mean over the 2N anchors i. [paper]
 
-    d is 360 of 2048 [code], and that share of any other D unless given [reading]. Raises ValueError for d outside 1 to D.
+    z1, z2: (N, d), row n of both from the same image. s is cosine similarity; j is the other view of i's image. Each anchor
+    has 2N - 1 candidates: the pair (i, i) is masked, not subtracted. Returns a scalar >= 0, in float32 or better; call it
+    outside autocast. Under torch.distributed an anchor's candidates are those of all processes (it needs `gather`).
+    """
+    N, rank = len(z1), dist.get_rank() if distributed() else 0
+    z = F.normalize(_float32(torch.cat([z1, z2])), dim=1)           # 2N x d
+    logits = z @ gather(z).T / tau                                  # 2N x 2N, or 2N x (2N * processes)
+    anchor = torch.arange(2 * N, device=z.device)
+    logits = logits.index_put((anchor, 2 * N * rank + anchor), logits.new_full((), -torch.inf))
+    return F.cross_entropy(logits, 2 * N * rank + anchor.roll(N))   # the positive: the other view
+
+
+# ---------------------------------------------------------------------------- 2  Gupta et al. 2022
+
+def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int) -> Tensor:
+    """The head as a parametric component of the InfoNCE objective: `steps` inner steps on phi, with h held fixed.
+
+        min over theta of L(theta, phi*(theta)),   phi*(theta) = argmin over phi of L(theta, phi)
+
+    loss_fn() computes L from detached h, and optimizer holds phi alone, so the encoder stays as it is. Then one step
+    on theta follows, with phi held fixed. Returns the loss that the last inner step started from (a detached scalar).
+    Raises ValueError for steps < 1.
+
+    The paper makes the head a component of InfoNCE and derives another optimization from that [paper]. The bilevel form,
+    warm-started gradient steps on the same batch, and their number are ours [reading]. With InfoNCE both levels minimize the
+    same L, so dL/dphi = 0 at phi* and dL(theta, phi*(theta))/dtheta = dL/dtheta (the envelope theorem): no implicit
+    differentiation is needed. Behind a stop-gradient there is no such L, and the inner steps are a heuristic.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_fn()
+        loss.backward()
+        optimizer.step()
+    return loss.detach()
+
+
+# ---------------------------------------------------------------------------- 3  Song et al. 2023
+
+class SparseHead(MLP):
+    """An MLP with a regularizer that constrains its sparsity: (N, D) -> (N, d), L = L_ssl + lambda * head.penalty(). [paper]
+
+    The paper's regularizer can be added to any SSL method [paper]: `sparsity` is the same for any other head. Its form is
+    not known to us. Ours is a norm of the first layer's weight W1 (hidden, D), by default one that removes input features
+    [reading]: the paper assumes that only a subset of the features is needed to minimize a mini-batch's loss [paper].
     """
 
-    def __init__(self, D: int, d: int | None = None):
-        d = max(1, 360 * D // 2048) if d is None else d
-        if not 1 <= d <= D:
-            raise ValueError(f"cannot keep {d} of {D} features")
-        super().__init__(Slice(d))
+    def penalty(self, norm: str = "l21") -> Tensor:
+        return NORMS[norm](self[0].weight)
 
 
-class Slice(nn.Module):
-    """The first d columns: (N, D) -> (N, d)."""
+def sparsity(head: nn.Module, norm: str = "l21") -> Tensor:
+    """R(W), a scalar >= 0, of the head's first linear layer W (out, in); norm is a key of NORMS.
 
-    def __init__(self, d: int):
-        super().__init__()
-        self.d = d
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h[:, :self.d]
-
-
-class ReweightHead(nn.Sequential):
-    """z_i = kappa^-i h_i, i = 0 to D - 1, fixed: (N, D) -> (N, D), Xue et al. 2024; kappa 1.05. [code]"""
-
-    def __init__(self, D: int, kappa: float = 1.05):
-        super().__init__(Reweight(D, kappa))
-
-
-class Reweight(nn.Module):
-    """Multiplies column i by kappa^-i: (N, D) -> (N, D)."""
-
-    def __init__(self, D: int, kappa: float):
-        super().__init__()
-        self.register_buffer("weight", kappa ** -torch.arange(float(D)), persistent=False)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h * self.weight
-
-
-class TopKHead(nn.Sequential):
-    """z = W2 top_k(relu(W1 h)): (N, D) -> (N, d), the sparse head of Ouyang et al. 2025. [code]
-
-    Of the M = hidden features of a row the k largest are kept. M is 2 D, k an eighth of M, unless given [reading]; the
-    width d of the output is that of our other heads, where theirs is D [reading]. k > M raises RuntimeError in forward.
+    Raises ValueError for another norm, or where the head has no linear layer.
     """
-
-    def __init__(self, D: int, d: int = 128, hidden: int | None = None, k: int | None = None):
-        hidden = hidden or 2 * D
-        super().__init__(
-            nn.Linear(D, hidden),               # N x M
-            nn.ReLU(),
-            TopK(k or max(1, hidden // 8)),     # N x M, k of them not 0
-            nn.Linear(hidden, d),               # N x d
-        )
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
+    return NORMS[norm](first_weight(head))
 
 
-class TopK(nn.Module):
-    """Keeps the k largest of each row and sets the others to 0: (N, M) -> (N, M)."""
+def l21(W: Tensor) -> Tensor:
+    """sum_i ||W_:,i|| / ||W||_F over input features i: from 1 to sqrt(in), whatever the scale of W. [reading]
 
-    def __init__(self, k: int):
-        super().__init__()
-        self.k = k
-
-    def forward(self, x: Tensor) -> Tensor:
-        values, columns = x.topk(self.k, dim=1)
-        return torch.zeros_like(x).scatter(1, columns, values)
-
-
-class DiscreteHead(nn.Sequential):
-    """z = round(tanh(BN(W2 relu(W1 h)))) to L levels: (N, D) -> (N, d), the discretized head of Ouyang et al. 2025. [code]
-
-    The BatchNorm is ours [reading]: without it all outputs of a fresh MLP are near 0 and round to the same level. So is
-    L = 5 [reading], and the widths are those of MLP. Raises ValueError for levels < 2.
+    Without the division, where a normalization follows the head, shrinking all of W lowers the penalty and removes nothing.
     """
-
-    def __init__(self, D: int, d: int = 128, hidden: int | None = None, levels: int = 5):
-        hidden = hidden or 2 * D
-        super().__init__(
-            nn.Linear(D, hidden),               # N x hidden
-            nn.ReLU(),
-            nn.Linear(hidden, d),               # N x d
-            nn.BatchNorm1d(d, affine=False),
-            nn.Tanh(),
-            Round(levels),                      # N x d
-        )
+    return l21_plain(W) / W.norm()
 
 
-class Round(nn.Module):
-    """Rounds x in [-1, 1] to L levels 1 / (L // 2) apart; the gradient passes straight through: (N, d) -> (N, d).
-
-    From -1 to 1 for odd L; an even L lacks the topmost level [reading]. Raises ValueError for levels < 2.
-    """
-
-    def __init__(self, levels: int):
-        super().__init__()
-        if levels < 2:
-            raise ValueError(f"levels must be at least 2, not {levels}")
-        self.levels = levels
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = (self.levels - 1) / 2 * x - (0.5 if self.levels % 2 == 0 else 0)
-        return (x + (x.round() - x).detach()) / (self.levels // 2)
+def l21_plain(W: Tensor) -> Tensor:
+    """sum_i ||W_:,i|| over input features i: group lasso. [reading]"""
+    return W.norm(dim=0).sum()
 
 
-# ---------------------------------------------------------------------------- prediction heads: z -> p
+def l21_out(W: Tensor) -> Tensor:
+    """sum_j ||W_j,:|| / ||W||_F over output units j: from 1 to sqrt(out). [reading]"""
+    return W.norm(dim=1).sum() / W.norm()
+
+
+def l1(W: Tensor) -> Tensor:
+    """sum_ij |W_ij| / ||W||_F over single weights: from 1 to sqrt(in * out). [reading]"""
+    return l1_plain(W) / W.norm()
+
+
+def l1_plain(W: Tensor) -> Tensor:
+    """sum_ij |W_ij|: lasso. [reading]"""
+    return W.abs().sum()
+
+
+def first_weight(head: nn.Module) -> Tensor:
+    """The weight (out, in) of the head's first linear layer; raises ValueError where there is none."""
+    for layer in head.modules():
+        if isinstance(layer, nn.Linear):
+            return layer.weight
+    raise ValueError("the head has no linear layer")
+
+
+def fraction_pruned(head: nn.Module) -> float:
+    """The fraction, 0 to 1, of input features whose column of the first layer is below 1e-3 of the largest. [reading]"""
+    columns = first_weight(head).detach().norm(dim=0)
+    return (columns < 1e-3 * columns.max()).float().mean().item()
+
+
+# ---------------------------------------------------------------------------- 4  Wen & Li 2022
 
 class OffDiagonal(nn.Module):
-    """p = z + z (A * (1 - I))^T: (N, d) -> (N, d), Wen & Li 2022. [paper]
+    """p = z + z (A * (1 - I))^T: (N, d) -> (N, d). A linear prediction head that starts as the identity, A = 0, and
+    trains its off-diagonal entries only. [paper]
 
-    A linear prediction head that starts as the identity (A = 0) and trains only its off-diagonal entries. The
-    diagonal is 1 by construction, whatever the optimizer does to A. Train A without weight decay, since decay
-    would itself bring the head back to the identity [reading]. In the paper's simple setting the rate of A is not
-    larger than the encoder's [paper]; on short runs on real images we take it larger (train.py --predictor-lr).
+    The diagonal is 1 by construction, whatever the optimizer does to A. Train A without weight decay, which would bring
+    the head back to the identity by itself [reading]. In the paper's simple setting the learning rate of A is at most
+    the encoder's [paper]; for real images see train.py --predictor-lr.
     """
 
     def __init__(self, d: int):
@@ -219,73 +215,212 @@ class OffDiagonal(nn.Module):
 
     @property
     def E(self) -> Tensor:
-        """The off-diagonal part of the head, (d, d) with a zero diagonal; row j is how neuron j borrows from others."""
+        """The off-diagonal part (d, d), its diagonal 0. Row j: how much of each other feature is added to feature j."""
         return self.A * self.mask
 
     def forward(self, z: Tensor) -> Tensor:
         return z + z @ self.E.T
 
 
+def bn_mse(p: Tensor, z: Tensor) -> Tensor:
+    """||BN(p) - stopgrad BN(z)||^2 / d, mean over the batch: the output normalization of Wen & Li. [paper]
+
+    p, z: (N, d). BN is BatchNorm over the rows, without affine parameters; under torch.distributed over those of all
+    processes (it needs `gather`). The 1/d is ours [reading]: the value is 2 - 2 * (mean correlation), for any d.
+    """
+    def bn(a):
+        return F.batch_norm(gather(_float32(a)), None, None, training=True)
+    return F.mse_loss(bn(p), bn(z.detach()))
+
+
+# ---------------------------------------------------------------------------- 5  SimSiam and BYOL
+
+class MLPPredictor(nn.Sequential):
+    """p = W2 relu(BN(W1 z)): (N, d) -> (N, d), the form of SimSiam's and BYOL's predictor. [paper]
+
+    The hidden width is d/4, as SimSiam's 512 of 2048 [paper]; BYOL's is wider than z, 4096 for 256 [paper].
+    """
+
+    def __init__(self, d: int):
+        super().__init__(
+            nn.Linear(d, max(1, d // 4), bias=False),               # N x d/4
+            nn.BatchNorm1d(max(1, d // 4)),
+            nn.ReLU(),
+            nn.Linear(max(1, d // 4), d),                           # N x d
+        )
+
+
+def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
+    """-cos(p, stopgrad(z)), mean over the batch: p, z (N, d); from -1 to 1. SimSiam; BYOL's is 2 + 2 times it. [paper]"""
+    return -F.cosine_similarity(_float32(p), _float32(z.detach()), dim=1).mean()
+
+
+# ---------------------------------------------------------------------------- 6  other papers' heads
+
+class SliceHead(nn.Module):
+    """z = h[:, :d]: (N, D) -> (N, d), no weights. DirectCLR (2110.09348). [code]
+
+    d is 360 of 2048 [code], and that fraction of any other D unless given [reading]. ValueError for d outside 1 to D.
+    """
+
+    def __init__(self, D: int, d: int | None = None):
+        super().__init__()
+        self.d = max(1, 360 * D // 2048) if d is None else d
+        if not 1 <= self.d <= D:
+            raise ValueError(f"cannot keep {d} of {D} features")
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h[:, :self.d]
+
+
+class ReweightHead(nn.Module):
+    """z_i = kappa^-i h_i for i = 0 to D - 1, fixed: (N, D) -> (N, D). Xue et al. (2403.11391); kappa 1.05. [code]"""
+
+    def __init__(self, D: int, kappa: float = 1.05):
+        super().__init__()
+        self.register_buffer("weight", kappa ** -torch.arange(float(D)), persistent=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * self.weight
+
+
+class TopKHead(nn.Sequential):
+    """z = W2 top_k(relu(W1 h)): (N, D) -> (N, d), the sparse head of Ouyang et al. (2503.00507). [code]
+
+    Of the `hidden` features of each row the k largest are kept. hidden is 2 D and k an eighth of it unless given [reading];
+    theirs maps back to D, ours to d like our other heads [reading]. k > hidden raises RuntimeError in forward.
+    """
+
+    def __init__(self, D: int, d: int = 128, hidden: int | None = None, k: int | None = None):
+        hidden = hidden or 2 * D
+        super().__init__(nn.Linear(D, hidden), nn.ReLU(), nn.Linear(hidden, d))
+        self.k = k or max(1, hidden // 8)
+
+    def forward(self, h: Tensor) -> Tensor:
+        x = self[1](self[0](h))                                     # N x hidden
+        values, columns = x.topk(self.k, dim=1)                     # N x k
+        return self[2](torch.zeros_like(x).scatter(1, columns, values))
+
+
+class DiscreteHead(nn.Sequential):
+    """z = tanh(BN(W2 relu(W1 h))), rounded to L levels: (N, D) -> (N, d), Ouyang et al. (2503.00507). [code]
+
+    The gradient passes straight through the rounding. Levels are 1 / (L // 2) apart, from -1 to 1 for odd L; an even L
+    lacks the topmost [reading]. The BatchNorm is ours, since a fresh MLP's outputs would all round to one level; so are
+    L = 5 and the widths, those of MLP [reading]. Raises ValueError for levels < 2.
+    """
+
+    def __init__(self, D: int, d: int = 128, hidden: int | None = None, levels: int = 5):
+        if levels < 2:
+            raise ValueError(f"levels must be at least 2, not {levels}")
+        hidden = hidden or 2 * D
+        super().__init__(nn.Linear(D, hidden), nn.ReLU(), nn.Linear(hidden, d), nn.BatchNorm1d(d, affine=False), nn.Tanh())
+        self.levels = levels
+
+    def forward(self, h: Tensor) -> Tensor:
+        x = (self.levels - 1) / 2 * super().forward(h) - (0.5 if self.levels % 2 == 0 else 0)
+        return (x + (x.round() - x).detach()) / (self.levels // 2)
+
+
 class LinearPredictor(nn.Linear):
-    """p = W z: (N, d) -> (N, d), all entries trainable, from the usual random start. [reading]"""
+    """p = W z: (N, d) -> (N, d), all entries trainable, from torch's random start. The control for OffDiagonal. [reading]"""
 
     def __init__(self, d: int):
         super().__init__(d, d, bias=False)
 
 
-class MLPPredictor(nn.Sequential):
-    """p = W2 relu(BN(W1 z)): (N, d) -> (N, d), the predictor of SimSiam and BYOL [paper]; hidden width d/4 [reading]."""
-
-    def __init__(self, d: int):
-        super().__init__(
-            nn.Linear(d, max(1, d // 4), bias=False),   # N x d/4
-            nn.BatchNorm1d(max(1, d // 4)),
-            nn.ReLU(),
-            nn.Linear(max(1, d // 4), d),               # N x d
-        )
-
-
 class DirectPred(nn.Module):
-    """p = W z, W = U diag(max(sqrt(s / s_max) + eps, 1e-4)) U^T: (N, d) -> (N, d), Tian et al. 2021. [code]
+    """p = W z, W = U diag(max(sqrt(s / s_max) + eps, 1e-4)) U^T: (N, d) -> (N, d), Tian et al. (2102.06810). [code]
 
-    Not trained: s, U are the eigenpairs of F, which after each step becomes rho F + (1 - rho) E[z z^T]; rho 0.3, eps
-    0.01 [code]. That update is made in forward, in training mode, once p is computed (so in each inner step as well); E is
-    the mean over the batch, both views, not centred, and F is 0, hence W = (1 + eps) I, at the start [reading].
+    Not trained: s, U are the eigenpairs of F_hat, which after each step becomes rho F_hat + (1 - rho) E[z z^T]; rho 0.3, eps
+    0.01 [code]. The update is made in forward, in training mode, after p (so in each inner step as well); E is the mean
+    over both views, not centred; F_hat = 0, hence W = (1 + eps) I, at the start [reading].
     """
 
     def __init__(self, d: int, rho: float = 0.3, eps: float = 0.01):
         super().__init__()
         self.rho, self.eps = rho, eps
-        self.register_buffer("F", torch.zeros(d, d))
+        self.register_buffer("F_hat", torch.zeros(d, d))
 
     @property
     def W(self) -> Tensor:
         """The head as a symmetric matrix (d, d), without a gradient."""
-        s, U = torch.linalg.eigh(self.F.double())       # ascending; float32 may fail where many are 0
-        s = s.clamp(min=1e-30)                          # rounding makes some negative; where F = 0 all are equal
-        return (U * ((s / s[-1]).sqrt() + self.eps).clamp(min=1e-4) @ U.T).to(self.F.dtype)
+        s, U = torch.linalg.eigh(self.F_hat.double())               # ascending; float32 may fail where many are 0
+        s = s.clamp(min=1e-30)                                      # rounding makes some negative
+        return (U * ((s / s[-1]).sqrt() + self.eps).clamp(min=1e-4) @ U.T).to(self.F_hat.dtype)
+
+    @torch.no_grad()
+    def update(self, z: Tensor) -> None:
+        z = gather(z)
+        self.F_hat.lerp_(z.T @ z / len(z), 1 - self.rho)
 
     def forward(self, z: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            W, rows = self.W, gather(z.to(self.F.dtype))
-            if self.training:
-                self.F.lerp_(rows.T @ rows / len(rows), 1 - self.rho)
-        return z.to(W.dtype) @ W
+        p = z @ self.W
+        if self.training:
+            self.update(z)
+        return p
 
 
-# ---------------------------------------------------------------------------- losses
+# ---------------------------------------------------------------------------- 7  measures
 
-def _at_least_float32(z: Tensor) -> Tensor:
-    return z.to(torch.promote_types(z.dtype, torch.float32))
+def effective_rank(h: Tensor) -> float:
+    """exp(entropy of the normalized singular values) of h (M, D): from 1 to min(M, D). RankMe (2210.02885) [paper]."""
+    h = (h if len(h) > h.shape[1] else h.T).double()
+    s = torch.linalg.eigvalsh(h.T @ h).clamp(min=0).sqrt()          # the singular values, far faster on a GPU
+    s = s / s.sum().clamp(min=1e-300)                               # all zeros have rank 1
+    return torch.special.entr(s).sum().exp().item()
+
+
+def spread(z: Tensor) -> float:
+    """The standard deviation of the unit rows of z (M, d), summed over coordinates: 0 is collapsed, 1 at most. [reading]"""
+    z = F.normalize(z.double(), dim=1)
+    return (z.square().sum(dim=1).mean() - z.mean(dim=0).square().sum()).clamp(min=0).sqrt().item()
+
+
+def alignment(z1: Tensor, z2: Tensor) -> float:
+    """Mean squared distance of positive pairs on the unit sphere: z1, z2 (M, d); 0 to 4. Wang & Isola (2005.10242) [paper]."""
+    return (F.normalize(z1, dim=1) - F.normalize(z2, dim=1)).square().sum(dim=1).mean().item()
+
+
+def uniformity(z: Tensor) -> float:
+    """log of the mean of exp(-2 ||z_i - z_j||^2) over pairs i != j on the unit sphere: z (M, d); 0 is collapsed, else
+    negative; NaN for a single row. Wang & Isola (2005.10242) [paper]."""
+    z = F.normalize(z, dim=1)
+    M, square = len(z), z.square().sum(dim=1)                       # 1, or 0 for a row of zeros
+    total = sum((4 * rows @ z.T - 2 * s[:, None] - 2 * square).double().exp().sum()
+                for rows, s in zip(z.split(1024), square.split(1024)))
+    return ((total - M) / (M * (M - 1))).log().item() if M > 1 else torch.nan
+
+
+def features_holding(energy: Tensor, fraction: float = 0.99) -> int:
+    """How few features hold that fraction of a non-negative energy (D,), largest first; 0 where all of it is 0. [reading]"""
+    held = energy.double().sort(descending=True).values.cumsum(0)
+    return int((held < fraction * held[-1]).sum()) + 1 if held[-1] > 0 else 0
+
+
+def seen(h: Tensor, W: Tensor, fraction: float = 0.99) -> float:
+    """The fraction of the variance of h (M, D) that a layer W (out, D) looks at: 0 to 1, NaN where h is constant. [reading]
+
+    It is that in the span of the fewest right singular vectors of W which hold `fraction` of ||W||_F^2.
+    """
+    _, s, V = torch.linalg.svd(W.double(), full_matrices=False)
+    h = h.double() - h.double().mean(dim=0)
+    return ((h @ V[:features_holding(s.square(), fraction)].T).square().sum() / h.square().sum()).item()
+
+
+# ---------------------------------------------------------------------------- 8  many processes, precision
+
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gather(z: Tensor) -> Tensor:
-    """(N, d) -> (N * ranks, d): the rows of all ranks under torch.distributed, z itself without.
+    """(N, d) -> (N * processes, d): the rows of all processes under torch.distributed, z itself without.
 
-    The gradient flows back to the rank of each row, summed over ranks: so if every rank's loss is the mean over its
-    own rows, or the loss of all rows, the mean of the ranks' gradients is the gradient of the whole batch's loss.
+    The gradient flows back to the process of each row, summed over processes: if each process's loss is the mean over
+    its own rows, or the loss of all rows, the mean of the processes' gradients is the whole batch's gradient.
     """
-    return _Gather.apply(z) if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else z
+    return _Gather.apply(z) if distributed() else z
 
 
 class _Gather(torch.autograd.Function):
@@ -302,166 +437,35 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.5) -> Tensor:
-    """InfoNCE as in SimCLR: -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) ), s cosine, mean over 2N anchors. [paper]
-
-    z1, z2: (N, d), row i of both from the same image; normalized here. Each anchor has 2N - 1 candidates: the pair
-    (i, i) is masked out, not subtracted. Call it outside autocast. Under torch.distributed each rank computes its own
-    rows against the gathered batch.
-    """
-    N = len(z1)
-    z = F.normalize(_at_least_float32(torch.cat([z1, z2])), dim=1)   # 2N x d
-    everything = gather(z)                                           # 2N * ranks x d
-    first = 2 * N * dist.get_rank() if len(everything) > 2 * N else 0
-    logits = z @ everything.T / tau                                  # 2N x 2N * ranks
-    own = torch.arange(2 * N, device=z.device)
-    logits = logits.index_put((own, own + first), logits.new_full((), -torch.inf))
-    return F.cross_entropy(logits, own.roll(N) + first)              # anchor i's positive: the other view of its image
+def _float32(z: Tensor) -> Tensor:
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
-def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """-cos(p, stopgrad(z)), mean over the batch; p, z (N, d); in [-1, 1]. SimSiam, and BYOL up to constants. [paper]"""
-    return -F.cosine_similarity(_at_least_float32(p), _at_least_float32(z.detach()), dim=1).mean()
+# ---------------------------------------------------------------------------- what the flags of train.py name
 
-
-def bn_mse(p: Tensor, z: Tensor) -> Tensor:
-    """||BN(p) - stopgrad BN(z)||^2 / d, mean over the batch: Wen & Li's output normalization. [paper]
-
-    p, z: (N, d). BN is BatchNorm over the N rows (under torch.distributed over those of all ranks), without affine
-    parameters or running statistics. The 1/d is ours [reading]: it makes the value 2 - 2 * (mean correlation), the
-    scale of a cosine loss, whatever d is.
-    """
-    def bn(a):
-        return F.batch_norm(gather(_at_least_float32(a)), None, None, training=True)
-    return F.mse_loss(bn(p), bn(z.detach()))
-
-
-# ---------------------------------------------------------------------------- what else is optimized, and how
-
-def sparsity(head: nn.Module, norm: str = "l21", layer: int = 0) -> Tensor:
-    """The penalty R(W) of Song et al. 2023, to be added to any loss as lambda * R; W (out, in) is a Linear of the head.
-
-    The paper adds a term that constrains the head's sparsity [paper]. Which norm and which layer are a [reading]:
-    "l21"        sum_i ||W_:,i|| / ||W||_F    selects input features: between 1 and sqrt(in)
-    "l21-out"    sum_j ||W_j,:|| / ||W||_F    selects output units
-    "l1"         sum_ij |W_ij|   / ||W||_F    selects single weights
-    "l21-plain"  sum_i ||W_:,i||              not scale-free: where a normalization follows, it only shrinks W
-    Raises ValueError for another norm, or where the head has no such Linear.
-    """
-    W = linear_weight(head, layer)
-    if norm == "l21":
-        return W.norm(dim=0).sum() / W.norm()
-    if norm == "l21-out":
-        return W.norm(dim=1).sum() / W.norm()
-    if norm == "l1":
-        return W.abs().sum() / W.norm()
-    if norm == "l21-plain":
-        return W.norm(dim=0).sum()
-    raise ValueError(f"unknown norm {norm!r}: choose from l21, l21-out, l1, l21-plain")
-
-
-def linear_weight(head: nn.Module, layer: int = 0) -> Tensor:
-    """The weight (out, in) of the head's Linear number `layer`, from 0; raises ValueError where there is none."""
-    weights = [m.weight for m in head.modules() if isinstance(m, nn.Linear)]
-    if not 0 <= layer < len(weights):
-        raise ValueError(f"the head has no Linear layer {layer}: it has {len(weights)}")
-    return weights[layer]
-
-
-def share_pruned(head: nn.Module, layer: int = 0) -> float:
-    """The share of input features of that Linear whose column norm is below 1e-3 of the largest [reading]; in [0, 1]."""
-    columns = linear_weight(head, layer).detach().norm(dim=0)
-    return (columns < 1e-3 * columns.max()).float().mean().item()
-
-
-def matrix_information(h: Tensor, z: Tensor) -> Tensor:
-    """I = H(K_h) + H(K_z) - H(K_h * K_z), H(K) = -log(||K||_F^2 / N^2), to be added to any loss as lambda * I. [code]
-
-    K = Z Z^T (N, N) of unit rows: the matrix information of h (N, D) and z (N, d), Ouyang et al. 2025.
-    """
-    def H(K):
-        return -(K.square().sum() / len(K) ** 2).log()
-    h, z = (F.normalize(gather(_at_least_float32(a)), dim=1) for a in (h, z))
-    K_h, K_z = h @ h.T, z @ z.T
-    return H(K_h) + H(K_z) - H(K_h * K_z)
-
-
-def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, wait: bool = True) -> float:
-    """The head as a parametric component of the objective, Gupta et al. 2022: `steps` inner steps on phi.
-
-    Once the encoder has run, loss_fn() computes the loss from detached h, and optimizer holds phi alone; so the
-    encoder, its buffers included, stays as it is. The encoder step that follows holds phi fixed. Returns the loss that the
-    last of the steps started from; without `wait` as a tensor, since a float has to wait for the GPU.
-    The paper formulates the head as a component of InfoNCE and derives another optimization from it [paper]; ours
-    is bilevel [reading]: V(theta) = min over phi of L(theta, phi), by warm-started gradient steps on the same batch.
-    Where both levels minimize the same L, as with InfoNCE, dV/dtheta = dL/dtheta at the minimizing phi (the envelope
-    theorem): no implicit differentiation is owed. Behind a stop-gradient there is no such L, and the steps are a
-    heuristic. Raises ValueError for steps < 1.
-    """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = loss_fn()
-        loss.backward()
-        optimizer.step()
-    return loss.item() if wait else loss.detach()
-
-
-# ---------------------------------------------------------------------------- measures
-
-def effective_rank(h: Tensor) -> float:
-    """exp(entropy of the normalized singular values) of h (M, D), as RankMe (2210.02885) [paper]; from 1 to min(M, D)."""
-    h = (h if len(h) > h.shape[1] else h.T).double()
-    s = torch.linalg.eigvalsh(h.T @ h).clamp(min=0).sqrt()     # the singular values, far faster on a GPU
-    s = s / s.sum().clamp(min=1e-300)       # all zeros have rank 1
-    return torch.special.entr(s).sum().exp().item()
-
-
-def seen(h: Tensor, W: Tensor, share: float = 0.99) -> float:
-    """The share of the variance of h (M, D) that a layer W (out, D) looks at, in [0, 1]. [reading]
-
-    That in the span of the fewest right singular vectors of W which hold `share` of ||W||_F^2: its row space, in effect.
-    """
-    _, s, V = torch.linalg.svd(W.double(), full_matrices=False)
-    k = int((s.square().cumsum(0) < share * s.square().sum()).sum()) + 1
-    h = h.double() - h.double().mean(dim=0)
-    return ((h @ V[:k].T).square().sum() / h.square().sum()).item()
-
-
-def spread(z: Tensor) -> float:
-    """How far the rows of z (M, d) are from one direction: sqrt(1 - ||mean of unit rows||^2); 0 is collapsed, at most 1. [reading]"""
-    return (1 - F.normalize(z.double(), dim=1).mean(dim=0).square().sum()).clamp(min=0).sqrt().item()
-
-
-def alignment(z1: Tensor, z2: Tensor) -> float:
-    """Mean squared distance of positive pairs on the unit sphere, Wang & Isola (2005.10242) [paper]; (M, d) each; 0 to 4."""
-    return (F.normalize(z1, dim=1) - F.normalize(z2, dim=1)).square().sum(dim=1).mean().item()
-
-
-def uniformity(z: Tensor) -> float:
-    """log mean exp(-2 ||z_i - z_j||^2) over pairs on the unit sphere, Wang & Isola [paper]; z (M, d); 0 is collapsed."""
-    z = F.normalize(z, dim=1)
-    M = len(z)
-    total = sum((-4 + 4 * rows @ z.T).double().exp().sum() for rows in z.split(1024))   # ||a - b||^2 = 2 - 2 a.b
-    return ((total - M) / (M * (M - 1))).log().item()                                   # without the pairs (i, i)
-
-
+ENCODERS = {
+    "convnet": ConvNet,
+    "resnet18": torchvision.models.resnet18,
+    "resnet34": torchvision.models.resnet34,
+    "resnet50": torchvision.models.resnet50,
+}
 HEADS: dict[str, type] = {
     "none": NoHead,
     "linear": LinearHead,
     "mlp": MLP,
-    "parametric": MLP,   # fitted by fit_head: another optimization of the same network
-    "sparse": MLP,       # plus lambda * sparsity: another objective for the same network
+    "parametric": MLP,           # the same network, fitted by fit_head
+    "sparse": SparseHead,
     "slice": SliceHead,
     "reweight": ReweightHead,
     "topk": TopKHead,
     "discrete": DiscreteHead,
 }
 PREDICTORS: dict[str, type] = {
-    "identity": nn.Identity,   # no prediction head: the control
+    "identity": nn.Identity,     # no prediction head: the control
     "offdiag": OffDiagonal,
     "linear": LinearPredictor,
     "mlp": MLPPredictor,
     "directpred": DirectPred,
 }
+LOSSES = {"infonce": nt_xent, "cosine": negative_cosine, "bn": bn_mse}
+NORMS = {"l21": l21, "l21-out": l21_out, "l1": l1, "l21-plain": l21_plain, "l1-plain": l1_plain}

@@ -1,82 +1,218 @@
 # SPDX-License-Identifier: MIT
-"""Train an encoder through a head, without labels: augment, encode, project, predict, loss, step.
+"""Train an encoder through a head, without labels.
 
     python train.py                                          # the demonstration: drawn shapes, a small encoder, a CPU
     python train.py --head parametric --dataset cifar10      # ResNet-18 on CIFAR-10: wants a GPU
-    python train.py --dataset cifar10 --encoder convnet --limit 10000 --epochs 10 --head sparse      # minutes on a CPU
-    python train.py --dataset cifar10 --predictor offdiag    # Wen & Li's prediction head, a non-contrastive loss
-    python train.py --dataset cifar10 --predictor mlp --target ema     # BYOL; --target stopgrad is SimSiam
-    torchrun --nproc-per-node 8 train.py --dataset cifar10   # many GPUs: faster, to the same result
+    python train.py --head sparse --dataset cifar10 --encoder convnet --epochs 10        # minutes on a CPU
+    python train.py --predictor offdiag --dataset cifar10    # Wen & Li's prediction head, a non-contrastive loss
+    python train.py --predictor mlp --target ema --dataset cifar10        # in BYOL's style; --target stopgrad: SimSiam's
+    torchrun --nproc-per-node 8 train.py --dataset cifar10   # many GPUs: the same run up to rounding, faster
 
 A run is a folder, runs/NAME: checkpoint.pt and metrics.jsonl, whose keys README.md explains. The same command
 continues an interrupted run. Then: python eval.py.
 """
+if __name__ == "__main__":
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C during the imports ends without a traceback
+
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import copy
+import hashlib
+import inspect
 import io
 import json
 import math
 import os
+import secrets
 import shlex
 import signal
-import statistics
 import sys
-import tempfile
+import threading
 import time
+import warnings
+import zipfile
 import zlib
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
 import projhead
-from projhead import HEADS, PREDICTORS
+from projhead import ENCODERS, HEADS, LOSSES, NORMS, PREDICTORS, fit_head, sparsity
 
-SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "folder": 64}
-ENCODERS = ["convnet", "resnet18", "resnet34", "resnet50"]
-FIXED = ["none", "slice", "reweight"]       # projection heads without weights
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, of each channel, for every data set
-IN_MEMORY = 4 * 2**30       # bytes: a folder of images is decoded once if it is no larger than this, else in each epoch
-SKIPPED = set()             # the paths of the images of a folder that could not be read
 RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (    # torchrun sets these, and MASTER_ADDR
     int(os.environ.get(name, default)) if "MASTER_ADDR" in os.environ else default
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-WORKERS = min(16, os.cpu_count() // LOCAL_RANKS)
+
+
+# ---------------------------------------------------------------------------- the method
+
+def objective(h: Tensor, t: Tensor | None, model, args) -> Tensor:
+    """L(theta, phi) of h (2N, D), the first views of N images and then the second; t (2N, d): the slow copy's z, or None."""
+    z = model.g(h)                                      # 2N x d
+    loss_fn, options = LOSSES[args.loss], {"tau": args.tau} if args.tau else {}
+    if args.predictor == "none":
+        loss = loss_fn(*z.chunk(2), **options)          # InfoNCE
+    else:
+        (p1, p2), (t1, t2) = model.q(z).chunk(2), (z if t is None else t).detach().chunk(2)
+        loss = (loss_fn(p1, t2, **options) + loss_fn(p2, t1, **options)) / 2     # both ways round [reading]
+    if args.sparsity:                                   # Song et al.
+        loss = loss + args.sparsity * sparsity(model.g, args.sparsity_norm)
+    return loss
+
+
+def train_step(x: Tensor, model, theta, phi, args) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One step on the views x (2N, 3, S, S). Returns h (2N, D), the loss, and the last inner step's loss or None.
+
+    theta and phi are the optimizers of the encoder's parameters and of the heads'. Both views pass in one batch, so a
+    BatchNorm sees both, where SimSiam and BYOL run one after the other.
+    """
+    h = encode(model.f, x)                              # 2N x D, once; heads and losses run in float32
+    t = inner = None
+    if model.target:                                    # BYOL's slow copy of f and g
+        with torch.no_grad():
+            t = model.target[1](encode(model.target[0], x))             # 2N x d
+    if args.inner_steps:                                # Gupta et al.: phi alone, with h held fixed
+        inner = fit_head(lambda: objective(h.detach(), t, model, args), phi, args.inner_steps)
+    theta.zero_grad(), phi.zero_grad()
+    loss = objective(h, t, model, args)
+    loss.backward()
+    theta.step()
+    if not args.inner_steps:
+        phi.step()                                      # joint training: phi in the same step
+    return h.detach(), loss.detach(), inner
+
+
+def encode(f: nn.Module, x: Tensor) -> Tensor:
+    """h = f(x) in float32. On a GPU the encoder, and nothing else, computes in bfloat16."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        h = f(x)
+    return h.float() if h.dtype == torch.bfloat16 else h
+
+
+def train(args, views=None) -> None:
+    """The whole run of these arguments. views: what makes a step's input, if not `views` below.
+
+    Raises UserError. On SIGINT and SIGTERM it finishes the step, saves and raises SystemExit(130 or 143).
+    """
+    device, out = join(args), Path(args.out)
+    with locked(out), signals() as caught:
+        checkpoint = claim(out, args)
+        images = training_images(args, device)          # uint8 M x 3 x S x S
+        N = min(args.batch_size, len(images))           # images a step, over all processes
+        per_epoch = len(images) // N                    # the last short batch is left out, another one each epoch
+        total = args.epochs * per_epoch
+        model = build(args, device)
+        theta, phi = optimizers(model, args)
+        run = Run(out, args, images, model, theta, phi, total, per_epoch)
+        start = run.start(checkpoint)
+        for step, x in enumerate((views or two_views)(images, args, range(start, total), per_epoch, N, device), start):
+            lr = learning_rate(step, total, args.lr * N / 256, args.warmup)
+            for group in theta.param_groups + phi.param_groups:
+                group["lr"] = lr * group["scale"]
+            h, loss, inner = train_step(x, model, theta, phi, args)
+            if model.target:
+                follow(model, 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / total)) / 2)
+            run.after(step, lr, h, loss, inner, first_signal(caught))
+        run.finish()
+
+
+# ---------------------------------------------------------------------------- flags
+
+SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "folder": 64}      # of the images, in pixels
+PLACES = ("data", "out", "device")        # where a run lies and computes: not what it is
 
 
 class UserError(Exception):
     """Something the user can mend; shown as one line on stderr, exit code 2."""
 
 
-# ---------------------------------------------------------------------------- arguments
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
 
-def recommended(args) -> dict:
-    """What a flag is when it is not given: the recommended run for this data set, encoder, head and prediction head.
 
-    Rate, momentum, weight decay, batch, temperature and grayscale are those of simclr-cifar10 for 100 epochs [code]; the
-    rest, and all that depends on a head, is ours [reading], chosen by what README.md reports.
+def number(kind, low, high=math.inf):
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parser() -> Parser:
+    p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    fraction, width = number(float, 0, 1), number(int, 1, 2**14)
+    p.add_argument("--head", choices=HEADS, help="projection head (default: parametric; with a prediction head: mlp)")
+    p.add_argument("--depth", type=number(int, 1, 16), help="linear layers of an mlp, parametric or sparse head (default: 2)")
+    p.add_argument("--predictor", choices=["none", *PREDICTORS], default="none",
+                   help="prediction head; none: the loss is contrastive; identity: p = z (default: none)")
+    p.add_argument("--loss", choices=LOSSES, help="(default: infonce; with --predictor identity or offdiag bn, with another cosine)")
+    p.add_argument("--target", choices=["stopgrad", "ema"], help="what a prediction is compared with: SimSiam's or BYOL's (default: stopgrad)")
+    p.add_argument("--ema", type=fraction, help="the slow copy's momentum at the start; it ends at 1 (default: 0.99)")
+    p.add_argument("--tau", type=number(float, 1e-3), help="temperature of infonce (default: 0.5)")
+    p.add_argument("--inner-steps", type=number(int, 0), metavar="K",
+                   help="steps on the heads before each encoder step; 0: joint training (default: 0; --head parametric: 2)")
+    p.add_argument("--head-lr", type=number(float, 0), help="the head's learning rate, times the encoder's; 0: a frozen random head (default: 1)")
+    p.add_argument("--predictor-lr", type=number(float, 0), help="the prediction head's, likewise (default: 1; offdiag: 10)")
+    p.add_argument("--projector-bn", choices=["yes", "no"],
+                   help="end g in a BatchNorm without affine (default: yes with a prediction head, unless --loss bn)")
+    p.add_argument("--sparsity", type=number(float, 0), metavar="LAMBDA", help="weight of the sparsity penalty; 0: off (default: 0; --head sparse: 0.5)")
+    p.add_argument("--sparsity-norm", choices=NORMS, help="its norm; the functions are in projhead.py (default: l21)")
+    p.add_argument("--dim", type=width, help="width of z (default: 128; --head slice: 360/2048 of h)")
+    p.add_argument("--hidden", type=width, help="hidden width of the head (default: twice that of h)")
+    p.add_argument("--encoder", choices=ENCODERS, help="(default: resnet18; for --dataset shapes convnet)")
+    p.add_argument("--dataset", choices=SIZES, default="shapes", help="shapes is drawn; cifar10, cifar100 and stl10 are downloaded (default: shapes)")
+    p.add_argument("--data", metavar="DIR", help="where the data set lies (default: data). folder: DIR/train and DIR/test or DIR/val, "
+                   "else DIR, a fifth of which is kept for testing; subfolders are classes")
+    p.add_argument("--limit", type=number(int, 2), metavar="N", help="only the first N training images (default: all)")
+    p.add_argument("--image-size", type=number(int, 8, 512), help="a folder's images are resized and cropped to this (default: 64)")
+    p.add_argument("--epochs", type=number(int, 1), help="(default: 100; convnet 20; shapes with convnet 12)")
+    p.add_argument("--batch-size", type=number(int, 2), help="images a step, two views each (default: 512; convnet: 256)")
+    p.add_argument("--lr", type=number(float, 0), help="the encoder's peak learning rate for 256 images a step, scaled with the batch (default: 0.06)")
+    p.add_argument("--momentum", type=number(float, 0, 0.9999), help="(default: 0.9)")
+    p.add_argument("--weight-decay", type=number(float, 0), help="(default: 5e-4)")
+    p.add_argument("--warmup", type=fraction, help="fraction of the steps in which the learning rate rises (default: 0.05)")
+    p.add_argument("--crop-scale", type=number(float, 0.01, 1), help="smallest area of a crop (default: 0.2; shapes 0.5)")
+    p.add_argument("--hue", type=number(float, 0, 0.5), help="largest shift of the hue, in turns (default: 0.1; shapes 0.5)")
+    p.add_argument("--grayscale", type=fraction, help="probability of a gray view (default: 0.1)")
+    p.add_argument("--seed", type=number(int, 0, 10**6), default=0, help="(default: 0)")
+    p.add_argument("--device", help="(default: cuda where there is one, else cpu)")
+    p.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/NAME, made of the flags)")
+    return p
+
+
+def defaults(args) -> dict:
+    """What a flag is where it is not given; some follow from those above them.
+
+    Learning rate, momentum, weight decay, batch, temperature and grayscale are those of simclr-cifar10 for 100 epochs
+    [code]; the rest, and all that depends on a head, is ours [reading], chosen by what README.md reports.
     """
-    shapes, small, paired = args.dataset == "shapes", args.encoder == "convnet", args.predictor != "none"
+    paired, shapes, small = args.predictor != "none", args.dataset == "shapes", args.encoder == "convnet"
     return dict(
-        loss={"none": "infonce", "identity": "bn", "offdiag": "bn"}.get(args.predictor, "cosine"),
+        head="mlp" if paired else "parametric",
+        encoder="convnet" if shapes else "resnet18",
+        loss="infonce" if not paired else "bn" if args.predictor in ("identity", "offdiag") else "cosine",
         target="stopgrad" if paired else None,
         ema=0.99 if args.target == "ema" else None,
         tau=0.5 if args.loss == "infonce" else None,
+        head_lr=1.0 if trainable(HEADS, args.head) else None,
+        predictor_lr=(10.0 if args.predictor == "offdiag" else 1.0) if trainable(PREDICTORS, args.predictor) else None,
         inner_steps=2 if args.head == "parametric" else 0,
-        head_lr=None if args.head in FIXED else 1.0,
-        predictor_lr={"none": None, "identity": None, "directpred": None, "offdiag": 10.0}.get(args.predictor, 1.0),
         projector_bn="yes" if paired and args.loss != "bn" else "no",
         sparsity=0.5 if args.head == "sparse" else 0.0,
         sparsity_norm="l21" if args.sparsity else None,
-        sparsity_layer=0 if args.sparsity else None,
-        information=0.0,
-        dim=None if args.head in FIXED else 128,
+        dim=128 if trainable(HEADS, args.head) else None,
         hidden=None,
+        depth=2 if takes(args.head, "depth") else None,
+        data="data" if not shapes else None,
         image_size=SIZES[args.dataset],
         epochs=(12 if shapes else 20) if small else 100,
         batch_size=256 if small else 512,
@@ -90,240 +226,291 @@ def recommended(args) -> dict:
     )
 
 
-def number(kind, low, high=math.inf):
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-    parse.__name__ = kind.__name__
-    return parse
+def trainable(kinds: dict, name: str) -> bool:
+    return name in kinds and any(True for _ in kinds[name](8).parameters())
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
+def takes(head: str, size: str) -> bool:
+    return head in HEADS and size in inspect.signature(HEADS[head]).parameters
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """The arguments, each flag that was not given filled in from recommended(). Raises UserError where they clash."""
-    p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    many, width, share = number(int, 1), number(int, 1, 2**14), number(float, 0, 1)
-    p.add_argument("--head", choices=HEADS, help="projection head (default: parametric; with a predictor mlp)")
-    p.add_argument("--predictor", choices=["none", *PREDICTORS], default="none", help="prediction head; none: contrastive")
-    p.add_argument("--loss", choices=["infonce", "cosine", "bn"], help="default: infonce; with a predictor bn or cosine")
-    p.add_argument("--target", choices=["stopgrad", "ema"], help="what a prediction is compared with (SimSiam or BYOL)")
-    p.add_argument("--ema", type=share, help="where the moving average's momentum starts; it ends at 1 (default: 0.99)")
-    p.add_argument("--tau", type=number(float, 1e-3), help="temperature of infonce (default: 0.5)")
-    p.add_argument("--inner-steps", type=number(int, 0), metavar="K", help="steps on the head before each encoder step; 0: joint")
-    p.add_argument("--head-lr", type=number(float, 0), help="head's rate as a multiple of the encoder's; 0: a frozen random head")
-    p.add_argument("--predictor-lr", type=number(float, 0), help="likewise for the prediction head")
-    p.add_argument("--projector-bn", choices=["yes", "no"], help="end g in BatchNorm without affine (default: with a predictor, unless --loss bn)")
-    p.add_argument("--sparsity", type=number(float, 0), metavar="LAMBDA", help="weight of the sparsity penalty; 0: off")
-    p.add_argument("--sparsity-norm", choices=["l21", "l21-out", "l1", "l21-plain"], help="see projhead.sparsity")
-    p.add_argument("--sparsity-layer", type=number(int, 0), help="which Linear of the head (default: 0, the first)")
-    p.add_argument("--information", type=number(float, 0), metavar="LAMBDA", help="weight of the matrix information of h and z; 0: off")
-    p.add_argument("--dim", type=width, help="width of z (default: 128; slice: 360/2048 of the encoder's)")
-    p.add_argument("--hidden", type=width, help="hidden width of the head (default: twice that of h)")
-    p.add_argument("--dataset", choices=SIZES, default="shapes", help="shapes is drawn here; cifar10, cifar100, stl10 download")
-    p.add_argument("--data", default="data", metavar="DIR", help="where the data set lies (default: data)")
-    p.add_argument("--limit", type=number(int, 2), metavar="N", help="only the first N training images")
-    p.add_argument("--image-size", type=number(int, 8, 512), help="for folder: images are resized to this (default: 64)")
-    p.add_argument("--encoder", choices=ENCODERS, help="default: convnet for shapes, else resnet18")
-    p.add_argument("--epochs", type=many)
-    p.add_argument("--batch-size", type=number(int, 2), help="images per step; each gives two views")
-    p.add_argument("--lr", type=number(float, 0), help="peak rate for 256 images a step; scaled with the batch size")
-    p.add_argument("--momentum", type=number(float, 0, 0.9999))
-    p.add_argument("--weight-decay", type=number(float, 0))
-    p.add_argument("--warmup", type=share, help="share of the steps in which the rate rises")
-    p.add_argument("--crop-scale", type=number(float, 0.01, 1), help="smallest area of a crop")
-    p.add_argument("--hue", type=number(float, 0, 0.5), help="largest shift of the hue, in turns")
-    p.add_argument("--grayscale", type=share, help="probability of a gray view")
-    p.add_argument("--seed", type=number(int, 0, 10**6), default=0)
-    p.add_argument("--device", help="default: cuda where there is one, else cpu")
-    p.add_argument("--compile", action="store_true", help="torch.compile the encoder; not faster everywhere (README.md)")
-    p.add_argument("--workers", type=number(int, 0, 256), help="processes that decode a folder's images (default: one per core, at most 16)")
-    p.add_argument("--benchmark", action="store_true", help="train for a moment to print speeds, and keep nothing")
-    p.add_argument("--show-views", metavar="PNG", help="draw images and the views made of them instead of training")
-    p.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/NAME, made of the flags)")
-    args = p.parse_args(argv)
-
+    """The arguments, with their defaults. Raises UserError where they clash."""
+    args = parser().parse_args(argv)
     given = {flag for flag, value in vars(args).items() if value is not None}
-    args.head = args.head or ("parametric" if args.predictor == "none" else "mlp")
-    args.encoder = args.encoder or ("convnet" if args.dataset == "shapes" else "resnet18")
-    changed = []
-    for flag in recommended(args):
-        value = recommended(args)[flag]                 # anew each time: some defaults follow from those before them
+    for flag in defaults(args):                         # each anew: some follow from those before them
         if getattr(args, flag) is None:
-            setattr(args, flag, value)
-        elif getattr(args, flag) != value:
-            changed += [flag]
-
-    def clash(when, flag, why):
-        if when and flag in given:
+            setattr(args, flag, defaults(args)[flag])
+    frozen = not args.head_lr and not args.predictor_lr
+    for clash, flag, why in (
+            (args.predictor == "none" and args.loss != "infonce", "loss", f"{args.loss} needs a prediction head; --predictor identity adds none"),
+            (args.predictor == "none", "target", "only a prediction is compared with a target: add --predictor mlp"),
+            (args.target != "ema", "ema", "needs --target ema"),
+            (args.loss != "infonce", "tau", f"the loss {args.loss} has no temperature"),
+            (not trainable(HEADS, args.head), "head_lr", f"there is nothing to train in --head {args.head}"),
+            (not trainable(PREDICTORS, args.predictor), "predictor_lr", f"there is nothing to train in --predictor {args.predictor}"),
+            (args.inner_steps and frozen, "inner_steps", "there is no trainable head to fit"),
+            (args.inner_steps and frozen, "head_lr", "a frozen head cannot be fitted: add --inner-steps 0, or use --head mlp"),
+            (args.sparsity and not trainable(HEADS, args.head), "sparsity", f"--head {args.head} has no weights to make sparse"),
+            (args.sparsity and not args.head_lr, "sparsity", "a frozen head cannot become sparse"),
+            (args.sparsity and not args.head_lr, "head_lr", "a frozen head cannot become sparse"),
+            (not args.sparsity, "sparsity_norm", "needs --sparsity LAMBDA or --head sparse"),
+            (not takes(args.head, "d"), "dim", f"--head {args.head} has the encoder's width"),
+            (not takes(args.head, "hidden"), "hidden", f"--head {args.head} has no hidden layer"),
+            (args.depth == 1, "hidden", "a head of --depth 1 has no hidden layer"),
+            (not takes(args.head, "depth"), "depth", f"--head {args.head} has a fixed number of layers"),
+            (args.dataset != "folder", "image_size", f"{args.dataset} has images of {SIZES[args.dataset]} px"),
+            (args.dataset == "shapes", "data", "shapes are drawn, not read: name a --dataset")):
+        if clash and flag in given:
             raise UserError(f"--{flag.replace('_', '-')}: {why}")
-    alone, frozen = args.predictor == "none", not args.head_lr and not args.predictor_lr
-    clash(alone and args.loss != "infonce", "loss", f"{args.loss} needs a prediction head: --predictor identity is none")
-    clash(alone, "target", "only a prediction is compared with a target: add --predictor mlp")
-    clash(args.target != "ema", "ema", "needs --target ema")
-    clash(args.loss != "infonce", "tau", f"the loss {args.loss} has no temperature")
-    clash(args.head in FIXED, "head_lr", f"there is nothing to train in --head {args.head}")
-    clash(args.predictor_lr is None or args.predictor in ("none", "identity", "directpred"), "predictor_lr", "this prediction head has no weights")
-    clash(args.inner_steps and frozen, "inner_steps", "there is no trainable head to fit")
-    clash(args.inner_steps and frozen, "head_lr", "a frozen head cannot be fitted: add --inner-steps 0, or use --head mlp")
-    clash(args.head in ("none", "reweight"), "dim", f"--head {args.head} has the encoder's width")
-    clash(args.head in (*FIXED, "linear"), "hidden", f"--head {args.head} has no hidden layer")
-    clash(args.sparsity and args.head in FIXED, "sparsity", f"--head {args.head} has no weights to make sparse")
-    clash(args.sparsity and not args.head_lr, "sparsity", "a frozen head cannot become sparse")
-    clash(args.information and args.head == "none", "information", "without a head z is h")
-    clash(not args.sparsity, "sparsity_norm", "needs --sparsity LAMBDA or --head sparse")
-    clash(not args.sparsity, "sparsity_layer", "needs --sparsity LAMBDA or --head sparse")
-    clash(args.dataset != "folder", "image_size", f"{args.dataset} has images of {SIZES[args.dataset]} px")
-    if args.head == "sparse" and not args.head_lr:
-        raise UserError("--head-lr: a frozen head cannot become sparse")
-    data = [Path(args.data).resolve().name] if args.dataset == "folder" else []
-    name = [args.dataset, *data, args.encoder, args.head] + ([args.predictor] if args.predictor != "none" else [])
-    name += [f"{flag}{getattr(args, flag)}".replace("_", "-") for flag in ["limit"] * bool(args.limit) + changed]
-    args.out = args.out or os.path.join("runs", "-".join([*name, f"seed{args.seed}"]))
+    args.data = args.data and os.path.abspath(args.data)        # so that a run finds its images from anywhere
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.workers = WORKERS if args.workers is None else args.workers
-    if args.dataset == "folder":
-        args.data = str(Path(args.data).resolve())      # so that a run knows its images from anywhere
+    if args.out is None:
+        name = [args.dataset, *([os.path.basename(args.data)] if args.dataset == "folder" else []), args.encoder, args.head]
+        name += [args.predictor] * (args.predictor != "none") + [words.strip("-").replace(" ", "") for words in flags(args)
+                 if not words.startswith(("--dataset", "--encoder", "--head ", "--predictor ", "--seed"))]
+        args.out = os.path.join("runs", "-".join([*name, f"seed{args.seed}"]))
     return args
+
+
+def flags(args) -> list[str]:
+    """The flags, "--name value" each, that make these arguments: those that differ from their defaults."""
+    usual = {"dataset": "shapes", "predictor": "none", "limit": None, "seed": 0} | defaults(args)
+    return [f"--{flag.replace('_', '-')} {value}" for flag, value in vars(args).items() if flag not in PLACES and value != usual[flag]]
 
 
 # ---------------------------------------------------------------------------- data
 
-def load_dataset(name: str, root="data", train: bool = True, size: int = 64) -> tuple:
-    """Images uint8 (M, 3, S, S) and labels int64 (M,), -1 where unknown; shapes has (M, 2): shape and hue.
+def load_dataset(name: str, root="data", train: bool = True, size: int = 64, limit: int | None = None, create: bool = True) -> tuple:
+    """(images uint8 (M, 3, S, S), labels int64 (M,)), labels -1 where unknown; shapes has (M, 2): shape and hue.
 
-    cifar10, cifar100 and stl10 (whose training part includes the unlabelled images) are downloaded to root when
-    absent. folder is root/train and root/test, or, without these, root with a fifth, chosen by name, for testing; its images
-    are resized to size and cropped to a square; subfolders, if any, are classes. What of it cannot be read is left out
-    and named on stderr. Above IN_MEMORY bytes the images are a Folder, to be read by batches(). Raises UserError.
+    cifar10, cifar100 and stl10 (whose training part includes the unlabelled images) are torchvision's. For folder see
+    `load_folder`; its images are resized to `size`. limit: only the first so many training images. With `create` what is
+    absent is downloaded, and a folder's decoded images are kept in CACHE; without, nothing is written. Raises UserError.
     """
-    if name == "shapes":
-        return draw_shapes(10_000, seed=1) if train else draw_shapes(4_000, seed=2)
+    return read_dataset(name, root, train, size, limit, create)[:2]
+
+
+def read_dataset(name, root, train, size, limit=None, create=False) -> tuple[Tensor, Tensor, list[str]]:
+    """load_dataset, and the names of the classes."""
     if name == "folder":
-        return load_folder(Path(root), train, size)
-    make, folder = {"cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py"),
-                    "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python"),
-                    "stl10": (torchvision.datasets.STL10, "stl10_binary")}[name]
-    part = dict(split="train+unlabeled" if train else "test") if name == "stl10" else dict(train=train)
-    there = (Path(root) / folder).exists()
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            data = make(root, download=not there, **part)
-    except Exception as e:      # torchvision raises many kinds here: RuntimeError, URLError, EOFError, UnpicklingError ...
-        why = f"{type(e).__name__}: {e}".split("\n")[0]
-        if there:
-            raise UserError(f"{Path(root) / folder} is incomplete or corrupt ({why}); remove it to download again") from None
-        raise UserError(f"no {folder} in {root}, and no download ({why}); name its folder by --data, or use --dataset shapes") from None
-    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.labels if name == "stl10" else data.targets).long()
-    if name != "stl10":
-        images = images.permute(0, 3, 1, 2).contiguous()
-    if labels.min() < -1 or labels.max() >= len(data.classes):
-        raise UserError(f"{Path(root) / folder} has labels out of range: {labels.min()} to {labels.max()}")
-    return images, labels
+        return load_folder(Path(root), train, size, limit, create)
+    if name == "shapes":
+        images, labels, classes = *(draw_shapes(10_000, seed=1) if train else draw_shapes(4_000, seed=2)), SHAPES
+    else:
+        make, folder = {"cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py"),
+                        "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python"),
+                        "stl10": (torchvision.datasets.STL10, "stl10_binary")}[name]
+        part = dict(split="train+unlabeled" if train else "test") if name == "stl10" else dict(train=train)
+        there = (Path(root) / folder).exists()
+        if not there and not create:
+            raise UserError(f"no {folder} in {root}: name its folder by --data")
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                data = make(root, download=not there, **part)
+        except Exception as e:      # torchvision raises many kinds here: RuntimeError, URLError, EOFError, UnpicklingError ...
+            why = f"{type(e).__name__}: {e}".split("\n")[0]
+            if there:
+                raise UserError(f"{Path(root) / folder} is incomplete or corrupt ({why}); remove it to download again") from None
+            raise UserError(f"no {folder} in {root}, and no download ({why}); name its folder by --data, or use --dataset shapes") from None
+        images, labels, classes = torch.as_tensor(data.data), torch.as_tensor(data.labels if name == "stl10" else data.targets).long(), data.classes
+        if name != "stl10":
+            images = images.permute(0, 3, 1, 2).contiguous()
+        if labels.min() < -1 or labels.max() >= len(classes):
+            raise UserError(f"{Path(root) / folder} has labels out of range: {labels.min()} to {labels.max()}")
+    if train and limit:
+        check_limit(limit, name, len(images))
+        images, labels = images[:limit], labels[:limit]
+    return images, labels, classes
 
 
-class Folder(torch.utils.data.Dataset):
-    """Images to be decoded when they are asked for: uint8 (3, size, size) each, resized and cropped to a square.
+def check_limit(limit: int, name: str, M: int) -> None:
+    if limit > M:
+        raise UserError(f"--limit {limit}: {name} has {M} training images")
 
-    folder[i] is (image, bad) with bad = {}, or, where image i cannot be read, the next one that can and {i: why}.
-    folder[slice or mask or indices] is a Folder. `bad` collects the numbers that batches() has met.
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "projhead"
+PIXELS = 50_000_000                 # a picture of more is not read
+FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP"]         # those of torchvision's IMG_EXTENSIONS
+
+
+def load_folder(root: Path, train: bool, size: int, limit: int | None, create: bool) -> tuple[Tensor, Tensor, list[str]]:
+    """A part of a folder of images: root/train, and root/test or root/val, in any case; without these all of root, of which
+    a fifth, chosen by name, is for testing. Classes are the subfolders that hold training images.
+
+    What cannot be read is named on stderr and left out; UserError where that is over 1 % of the part.
     """
-
-    def __init__(self, paths: list[Path], size: int, allowed: float):
-        self.paths, self.size, self.allowed, self.bad = paths, size, allowed, set()
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        if not isinstance(i, int):
-            return Folder([self.paths[j] for j in torch.arange(len(self))[i].tolist()], self.size, self.allowed)
-        bad = {}
-        while len(bad) <= min(self.allowed, len(self)):  # beyond that batches() stops
-            try:
-                return read_image(self.paths[i], self.size), bad
-            except Exception as e:                      # Pillow raises many kinds
-                bad[i] = f"{type(e).__name__}: {e}".split("\n")[0]
-                i = (i + 1) % len(self)
-        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), bad
-
-    @staticmethod
-    def collate(items):
-        return torch.stack([image for image, _ in items]), {i: why for _, bad in items for i, why in bad.items()}
-
-    @staticmethod
-    def work(_):                            # signals are for the main process, which ends its workers
-        signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def read_image(path: Path, size: int) -> Tensor:
-    from PIL import Image, ImageOps         # Pillow comes with torchvision
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):      # 16 bits, which Pillow would clip
-            x = torchvision.transforms.functional.pil_to_tensor(image.convert("I")) // 257
-            image = torchvision.transforms.functional.to_pil_image(x.clamp(0, 255).to(torch.uint8))
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return torchvision.transforms.functional.pil_to_tensor(image)
-
-
-def batches(images, indices, device, workers: int = 0):
-    """images[i] for each i of `indices`, index tensors (N,), as uint8 (N, 3, S, S) on the device.
-
-    images is a tensor, or a Folder, which worker processes decode ahead of time. Names each unreadable image once on
-    stderr; raises UserError when they are above 1 % of the folder.
-    """
-    if isinstance(images, Tensor):
-        yield from (images[i.to(images.device, non_blocking=True)].to(device, non_blocking=True) for i in indices)
-        return
-    for batch, bad in torch.utils.data.DataLoader(
-            images, batch_sampler=(i.tolist() for i in indices), collate_fn=Folder.collate, num_workers=workers,
-            worker_init_fn=Folder.work, prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda"):
-        images.bad |= bad.keys()
-        for i, why in bad.items():
-            if len(images.bad) > images.allowed:
-                raise UserError(f"{len(images.bad)} images cannot be read, over 1 % of the folder, the last {images.paths[i]}: {why}")
-            if images.paths[i] not in SKIPPED:
-                print(f"skipped {images.paths[i]}: {why}", file=sys.stderr)
-            SKIPPED.add(images.paths[i])
-        yield batch.to(device, non_blocking=True)
-
-
-def load_folder(root: Path, train: bool, size: int):
     if not root.is_dir():
         raise UserError(f"no folder {root}: name one of images by --data, or use --dataset shapes")
-    split = (root / "train").is_dir() and (root / "test").is_dir()
-    base = root / ("train" if train else "test") if split else root
-    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-    paths = [f for f in base.rglob("*") if f.suffix.lower() in kinds and not f.is_dir()]
-    number = {f: zlib.crc32(str(f.relative_to(base)).encode(errors="replace")) for f in paths}
-    paths.sort(key=lambda f: (number[f], f))            # mixed, so that the first N are of all classes
-    allowed = 0.01 * len(paths)
+    parts = {d.name.lower(): d for d in root.iterdir() if d.is_dir()}
+    test = next((parts[name] for name in ("test", "val", "valid", "validation") if name in parts), None)
+    bases = [parts["train"], test] if test and "train" in parts else [root, root]
+    found = []                                          # [(path, its class's name or None)] of either part
+    for base, training in zip(bases, (True, False)):
+        paths = [f for f in base.rglob("*") if f.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS and f.is_file()]
+        crc = {f: zlib.crc32(str(f.relative_to(base)).encode(errors="replace")) for f in paths}
+        paths.sort(key=lambda f: (crc[f], f))           # mixed, so that the first N are of all classes
+        if base is root:                                # an image does not change sides when others come or go
+            paths = [f for f in paths if (crc[f] // 7 % 5 == 0) != training]
+        found.append([(f, f.relative_to(base).parts[0] if f.parent != base else None) for f in paths])
+    classes = sorted({name for _, name in found[0] if name is not None})
+    wanted = found[0 if train else 1]
+    if not wanted:
+        raise UserError(f"no images ({' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}) in {bases[not train]} to "
+                        f"{'train' if train else 'test'} on")
     if train:
-        SKIPPED.clear()
-    if not split:                                       # by name: an image does not change sides when others come or go
-        paths = [f for f in paths if (number[f] // 7 % 5 == 0) != train]
-    if not paths:
-        raise UserError(f"no images ({' '.join(kinds)}) in {base} to {'train' if train else 'test'} on")
-    top = root / "train" if split else root
-    classes = {name: i for i, name in enumerate(sorted(d.name for d in top.iterdir() if d.is_dir()))}
-    labels = torch.tensor([classes.get(f.relative_to(base).parts[0], -1) for f in paths])
-    images = Folder(paths, size, allowed)
-    if len(paths) * 3 * size**2 > IN_MEMORY:
-        return images, labels
-    numbers = torch.arange(len(paths)).split(64)
-    everything = torch.cat(list(batches(images, numbers, torch.device("cpu"), WORKERS if len(paths) > 1000 else 0)))
-    return everything[readable(images)], labels[readable(images)]
+        note(f"folder {root}: {len(found[0]):,} training and {len(found[1]):,} test images, {len(classes)} classes")
+        if limit:
+            check_limit(limit, "the folder", len(wanted))
+            wanted = wanted[:limit]
+    images, readable = decoded([f for f, _ in wanted], bases[not train], size, create)
+    number = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([number.get(name, -1) for _, name in wanted])
+    return images, labels[readable], classes
 
 
-def readable(images) -> Tensor:
-    """bool (M,): False for the images of a Folder that batches() could not read; all True of a tensor."""
-    return torch.tensor([i not in getattr(images, "bad", ()) for i in range(len(images))])
+def decoded(paths: list[Path], base: Path, size: int, create: bool) -> tuple[Tensor, Tensor]:
+    """(images uint8 (M, 3, size, size), which of the paths could be read: bool): decoded once, then mapped from a file in CACHE.
+
+    The file's name is a hash of what it was made of; it holds the images and then a byte for each path. It is written as
+    NAME.tmp, under a lock, and renamed when it is whole. Without `create` what is not there is decoded to memory.
+    """
+    made_of = [(str(f.relative_to(base)), s.st_size, s.st_mtime_ns) for f in paths for s in [f.stat()]]
+    file = CACHE / f"{hashlib.sha256(repr((size, made_of)).encode(errors='surrogatepass')).hexdigest()[:32]}.images"
+    def mapped():
+        flags = torch.frombuffer(bytearray(tail(file, len(paths))), dtype=torch.uint8).bool()
+        M = int(flags.sum())
+        if file.stat().st_size != M * 3 * size**2 + len(paths):
+            raise ValueError
+        return torch.from_file(str(file), size=M * 3 * size**2, dtype=torch.uint8).view(M, 3, size, size), flags
+    with contextlib.suppress(OSError, ValueError):
+        return mapped()
+    if not create:
+        pixels = io.BytesIO()
+        flags = decode(paths, size, pixels)
+        return torch.frombuffer(pixels.getbuffer(), dtype=torch.uint8).view(-1, 3, size, size), torch.tensor(flags)
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with open(file.with_suffix(".tmp"), "ab") as temporary, exclusive(temporary.fileno(), wait=True):
+            with contextlib.suppress(OSError, ValueError):
+                return mapped()                         # another process was decoding, and has finished
+            temporary.truncate(0)
+            flags = decode(paths, size, temporary)
+            temporary.write(bytes(flags))
+            temporary.flush()
+            os.replace(temporary.name, file)
+    except OSError as e:
+        file.with_suffix(".tmp").unlink(missing_ok=True)
+        raise UserError(f"cannot keep the decoded images in {CACHE}: {e.strerror}; set XDG_CACHE_HOME to a folder with more room") from None
+    return mapped()
+
+
+def tail(file: Path, count: int) -> bytes:
+    with open(file, "rb") as f:
+        f.seek(-count, os.SEEK_END)
+        return f.read()
+
+
+def decode(paths: list[Path], size: int, file) -> list[bool]:
+    """Write the pixels of each image that can be read to `file`; returns which. Raises UserError where over 1 % cannot."""
+    flags, bad = [], 0
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
+        for start in range(0, len(paths), 1024):
+            for path, image in zip(paths[start:], pool.map(lambda f: read_image(f, size), paths[start:start + 1024])):
+                flags.append(isinstance(image, bytes))
+                if flags[-1]:
+                    file.write(image)
+                    continue
+                bad += 1
+                note(f"left out {path}: {image}")
+                if bad > 0.01 * len(paths):
+                    pool.shutdown(cancel_futures=True)
+                    raise UserError(f"{bad} images cannot be read, over 1 % of {len(paths)}, the last {path}: {image}")
+            if sys.stderr.isatty():
+                note(f"\rdecoded {len(flags):,} of {len(paths):,} images", end="" if len(flags) < len(paths) else "\n")
+    return flags
+
+
+def read_image(path: Path, size: int) -> bytes | str:
+    """The pixels (3, size, size) of an image, resized and cropped to a square; or, in a line, why it cannot be read."""
+    from PIL import Image, ImageOps                     # Pillow comes with torchvision
+    try:
+        Image.MAX_IMAGE_PIXELS = None                   # PIXELS is the limit
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > PIXELS:
+                return f"{image.width} x {image.height} pixels"
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                return "floating-point pixels"
+            if image.mode.startswith("I"):              # 16 bits, which Pillow would clip
+                x = torchvision.transforms.functional.pil_to_tensor(image.convert("I")) // 257
+                image = torchvision.transforms.functional.to_pil_image(x.clamp(0, 255).to(torch.uint8))
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            return b"".join(band.tobytes() for band in image.split())
+    except Exception as e:                              # Pillow raises many kinds
+        return f"{type(e).__name__}: {e}".split("\n")[0]
+
+
+def training_images(args, device) -> Tensor:
+    """The images of these arguments, on the device where they fit in half of its free memory."""
+    if LOCAL_RANK:                                      # the first process of each machine downloads or decodes, then the others read
+        dist.barrier()
+    images, _ = load_dataset(args.dataset, args.data, True, args.image_size, args.limit)       # the labels are not looked at
+    if RANKS > 1 and not LOCAL_RANK:
+        dist.barrier()
+    if len(images) < 2:
+        raise UserError(f"{len(images)} images are no training set: a loss needs at least two")
+    if device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(device)[0] / 2:
+        return images
+    return images.to(device)
+
+
+def fingerprint(images: Tensor) -> list[int]:
+    """The number of images and a checksum of their bytes: what they are, wherever they lie."""
+    crc = 0
+    for part in images.cpu().contiguous().split(4096):
+        crc = zlib.crc32(part.numpy(), crc)
+    return [len(images), crc]
+
+
+def two_views(images, args, steps: range, per_epoch: int, N: int, device):
+    """For each step the two views of its N images, one batch (2N, 3, S, S): a function of (args.seed, step) alone.
+
+    Of several processes each makes its part of the batch.
+    """
+    n = N // RANKS
+    for step in steps:
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or step == steps.start:
+            order = torch.randperm(len(images), generator=generator(args.seed, epoch, 0))
+        chosen = order[i * N + RANK * n:][:n]
+        batch = images[to_device(chosen, images.device)]
+        batch, g = to_device(batch, device), generator(args.seed, step, 1)
+        x = [augment(batch, g, args.crop_scale, args.hue, args.grayscale, RANK, RANKS) for _ in "12"]
+        yield torch.cat(x).contiguous(memory_format=torch.channels_last)
+
+
+def generator(seed: int, step: int, which: int) -> torch.Generator:
+    """Random numbers of their own for each (seed, step); `which` is 0 for an epoch's order, 1 for a step's augmentation."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + 2 * step + which) % 2**32)
+
+
+def to_device(x: Tensor, device) -> Tensor:
+    """x on the device; the copy does not make the host wait."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
+    """Linear over the first warmup * total steps, then a half cosine down to zero."""
+    rising = warmup * total
+    if step < rising:
+        return peak * (step + 1) / (rising + 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
+
+
+SHAPES = ["disc", "triangle", "square", "star", "disc, hollow", "triangle, hollow", "square, hollow", "star, hollow"]
 
 
 def draw_shapes(M: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -348,6 +535,9 @@ def draw_shapes(M: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------- augmentation: in batch, per image
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, of each channel, for every data set
+
 
 def augment(images: Tensor, generator: torch.Generator, crop_scale=0.2, hue=0.1, grayscale=0.1, rank=0, ranks=1) -> Tensor:
     """One random view per image by SimCLR's augmentation: uint8 (N, 3, S, S) -> normalized float32 (N, 3, S, S).
@@ -376,7 +566,7 @@ def augment(images: Tensor, generator: torch.Generator, crop_scale=0.2, hue=0.1,
     order = torch.randperm(4, generator=generator, device=generator.device).tolist()
     blurred, sigma = ((uniform(0, 1) < 0.5).float(), uniform(0.1, 2)) if S > 64 else (gray, gray)
     drawn = torch.stack([top, height, left, width, flip, sigma, *factors, shift, gray, blurred])
-    drawn = drawn.to(device, non_blocking=True)[..., None, None, None]                    # 12 x N x 1 x 1 x 1
+    drawn = to_device(drawn, device)[..., None, None, None]                    # 12 x N x 1 x 1 x 1
     at_once = N if device.type == "cuda" else 64        # on a CPU small parts that stay in its cache: twice as fast
     return torch.cat([view(*part, order) for part in zip(images.split(at_once), drawn.split(at_once, dim=1))])
 
@@ -406,7 +596,7 @@ def view(images: Tensor, parameters: Tensor, order: list[int]) -> Tensor:
 
 def normalize(x: Tensor) -> Tensor:
     """(x - MEAN) / STD of x in [0, 1], (N, 3, S, S)."""
-    mean, std = torch.tensor([MEAN, STD]).to(x.device, x.dtype, non_blocking=True)
+    mean, std = to_device(torch.tensor([MEAN, STD], dtype=x.dtype), x.device)
     return (x - mean[:, None, None]) / std[:, None, None]
 
 
@@ -450,52 +640,84 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     return hsv_to_rgb(h + 6 * shift[:, 0], chroma, value)
 
 
-# ---------------------------------------------------------------------------- pure functions of (seed, step)
+# ---------------------------------------------------------------------------- models and optimizers
 
-def stream(seed: int, step: int, which: int) -> torch.Generator:
-    """An own generator for each (seed, step); `which` is 0 for the order of an epoch's images, 1 for augmentation."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + 2 * step + which) % 2**32)
-
-
-def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
-    """Linear over the first warmup * total steps, then a half cosine down to zero."""
-    rising = warmup * total
-    if step < rising:
-        return peak * (step + 1) / (rising + 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
+Model = collections.namedtuple("Model", "f g q target")         # encoder, projection head, prediction head, and BYOL's copy of (f, g) or None
+MODULES = ("encoder", "head", "predictor", "target")            # their names in a checkpoint
 
 
-# ---------------------------------------------------------------------------- models and checkpoints
-
-def build(args) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The untrained encoder f, projection head g and prediction head q of these arguments: a function of args.seed.
-    Raises UserError where the head cannot have the width args.dim."""
+def build(args, device="cpu") -> Model:
+    """The untrained networks of these arguments, a function of args.seed. Raises UserError for a width the head cannot have."""
     torch.manual_seed(args.seed)
     f = projhead.encoder(args.encoder, args.image_size)
-    sizes = {flag: getattr(args, name) for flag, name in (("d", "dim"), ("hidden", "hidden")) if getattr(args, name)}
+    sizes = {size: getattr(args, flag) for flag, size in (("dim", "d"), ("hidden", "hidden"), ("depth", "depth")) if getattr(args, flag)}
     try:
         g = HEADS[args.head](f.dim, **sizes)
     except ValueError as e:
         raise UserError(f"--dim {args.dim}: {e}") from None
-    d = g.eval()(torch.zeros(1, f.dim)).shape[1]        # of z
+    d = g.eval()(torch.zeros(1, f.dim)).shape[1]                # of z
     g.train()
     if args.projector_bn == "yes":
-        g.append(nn.BatchNorm1d(d, affine=False))
+        g = nn.Sequential(g, nn.BatchNorm1d(d, affine=False))
     q = nn.Identity() if args.predictor == "none" else PREDICTORS[args.predictor](d)
-    return f, g, q
+    f, g, q = (synchronized(module.to(device)) for module in (f, g, q))
+    f = f.to(memory_format=torch.channels_last)
+    return Model(f, g, q, copy.deepcopy(nn.Sequential(f, g)).requires_grad_(False) if args.target == "ema" else None)
+
+
+def optimizers(model: Model, args) -> tuple[torch.optim.SGD, torch.optim.SGD]:
+    """SGD on theta and on phi, apart so that either can move alone; each group's learning rate is `scale` times the schedule's."""
+    made = []
+    for parts in ([(model.f, 1.0)], [(model.g, args.head_lr), (model.q, args.predictor_lr)]):
+        groups = [{"params": list(module.parameters()), "scale": scale or 0.0} for module, scale in parts]
+        if args.predictor == "offdiag" and len(groups) == 2:
+            groups[1]["weight_decay"] = 0.0                     # decay would bring the head back to the identity by itself
+        cuda = next(model.f.parameters()).is_cuda
+        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=cuda)
+        for p in parameters(optimizer):
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        if RANKS > 1:
+            optimizer.register_step_pre_hook(average_gradients)
+        made.append(optimizer)
+    return tuple(made)
+
+
+def parameters(optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+@torch.no_grad()
+def follow(model: Model, momentum: float) -> None:
+    """BYOL's moving average of the parameters. BatchNorm's buffers are the copy's own: it runs in train mode, on its batches."""
+    for slow, fast in zip(model.target.parameters(), nn.Sequential(model.f, model.g).parameters()):
+        slow.lerp_(fast, 1 - momentum)
+
+
+def tensors(model: Model, theta=None, phi=None) -> dict[str, dict[str, Tensor]]:
+    """All that a checkpoint holds of the networks and of the optimizers' momentum, by name; not copied."""
+    parts = {name: module.state_dict() for name, module in zip(MODULES, model) if module is not None}
+    momentum = {name: parameters(optimizer) and {str(i): optimizer.state[p]["momentum_buffer"] for i, p in enumerate(parameters(optimizer))}
+                for name, optimizer in (("theta", theta), ("phi", phi)) if optimizer}
+    return parts | {name: buffers or {} for name, buffers in momentum.items()}
+
+
+# ---------------------------------------------------------------------------- a run's files
+
+OURS = ("checkpoint.pt", "metrics.jsonl", "eval.json")
 
 
 def write(path: Path, data) -> None:
-    """Replace the file by these bytes or leave it as it is: to a temporary file beside, synced to disk, then renamed."""
-    temporary = path.with_suffix(".tmp")
+    """Replace the file by these bytes or leave it as it is: to a new file beside it, synced to disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as e:                                # a full disk
-        temporary.unlink(missing_ok=True)
+    except OSError as e:                                        # a full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {e.strerror}; what it held before is as it was") from None
 
 
@@ -505,58 +727,279 @@ def save(path: Path, checkpoint: dict) -> None:
     write(path, buffer.getbuffer())
 
 
-def load(path: Path) -> dict:
-    """The checkpoint at path, on the CPU, without running anything that it holds. Raises UserError."""
+def load(path: Path) -> tuple[argparse.Namespace, int, list, dict]:
+    """The arguments, step, fingerprint of the images and tensors of a checkpoint, on the CPU, without running what it holds.
+
+    It is compared with what its own arguments build: each tensor's name, shape and type, all values finite. Raises UserError.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        args, step = checkpoint["args"], checkpoint["step"]
-        flags = {k: v for k, v in args.items() if v is not None and v is not False and (k != "image_size" or args["dataset"] == "folder")}
-        parsed = vars(parse_args([f"--{k.replace('_', '-')}" + (f"={v}" if v is not True else "") for k, v in flags.items()]))
-        if not args.items() <= parsed.items() or not isinstance(step, int) or step < 0:
-            raise ValueError
+        if not path.is_file():
+            raise ValueError("not a file")
+        with zipfile.ZipFile(path) as file:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
+                raise ValueError("compressed")
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        args, step, images = (checkpoint.pop(key) for key in ("args", "step", "images"))
+        args = checked(args)
+        with torch.device("meta"):                              # shapes and types, without memory
+            model = build(args, "meta")
+            expected = tensors(model, *optimizers(model, args))
+        size = sum(t.nbytes for part in expected.values() for t in part.values())
+        if not (size <= path.stat().st_size <= 2 * size + 2**20):
+            raise ValueError("size")
+        if type(step) is not int or step < 0 or [type(i) for i in images] != [int, int] or checkpoint.keys() != expected.keys():
+            raise ValueError("contents")
+        for name, part in expected.items():
+            if checkpoint[name].keys() != part.keys():
+                raise ValueError(name)
+            for key, t in part.items():
+                ours = checkpoint[name][key]
+                if type(ours) is not Tensor or ours.layout != t.layout or (ours.dtype, ours.shape) != (t.dtype, t.shape) or not ours.isfinite().all():
+                    raise ValueError(f"{name} {key}")
     except Exception as e:
         raise UserError(f"{path} is not a checkpoint of ours ({type(e).__name__})") from None
-    return {**checkpoint, "args": parsed}
+    return args, step, images, checkpoint
 
 
-def restore(checkpoint: dict, parts: dict, path: Path) -> None:
-    """Load the states of the modules and optimizers of `parts`. Raises UserError where one is missing or does not fit."""
+def checked(saved: dict) -> argparse.Namespace:
+    """A checkpoint's arguments, if they are what their own flags give. Raises ValueError, UserError or others."""
+    args = parse_args([])
+    if saved.keys() != vars(args).keys() or any(type(saved[k]) not in (str, type(None)) for k in PLACES):
+        raise ValueError("other flags")
+    words = [word for flag in flags(argparse.Namespace(**saved)) for word in flag.split(" ", 1)]
+    args = parse_args(words)
+    if any(repr(saved[k]) != repr(v) for k, v in vars(args).items() if k not in PLACES):
+        raise ValueError("values")
+    return argparse.Namespace(**saved)
+
+
+@torch.no_grad()
+def restore(expected: dict, found: dict) -> None:
+    """Copy the tensors of a checkpoint into those of `tensors(...)`."""
+    for name, part in expected.items():
+        for key, t in part.items():
+            t.copy_(found[name][key])
+
+
+@contextlib.contextmanager
+def exclusive(file: int, wait: bool = False):
+    """Hold the lock of an open file or folder; it ends with the process. Raises BlockingIOError where another process has it."""
+    import fcntl
     try:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-            for p, state in getattr(part, "state", {}).items():         # an optimizer does not look at shapes itself
-                if state["momentum_buffer"].shape != p.shape:
-                    raise ValueError
-    except Exception as e:
-        raise UserError(f"{path} does not fit its own arguments ({name}: {type(e).__name__})") from None
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass                                                    # a file system without locks
+    yield
 
 
-def usable(device: str) -> torch.device:
-    """The device of that name. Raises UserError where there is none."""
+@contextlib.contextmanager
+def locked(out: Path):
+    """The run's folder, made if need be, for this process alone; removed at the end if nothing was put there. Raises UserError."""
+    if RANK:
+        yield
+        return
+    made = [p for p in (out, *out.parents) if not p.exists()]
     try:
-        x = torch.zeros(1, device=device)
-        x.item()                                        # the device "meta" holds no values
-        return x.device
-    except Exception as e:
-        raise UserError(f"--device {device}: {str(e).splitlines()[0]}") from None
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as e:
+        raise UserError(f"--out {out}: {e.strerror}") from None
+    try:
+        with exclusive(folder):
+            yield
+    except BlockingIOError:
+        raise UserError(f"--out {out}: another process is training there") from None
+    finally:
+        os.close(folder)
+        with contextlib.suppress(OSError):
+            for p in made:
+                p.rmdir()
 
 
-def claim(out: Path, args) -> dict | None:
-    """None for a new run, the checkpoint of one to be continued; raises UserError if `out` holds anything else."""
-    if (out / "checkpoint.pt").exists():
-        checkpoint = load(out / "checkpoint.pt")
-        old = checkpoint["args"]
-        free = ["out", "device", "compile", "workers", "benchmark", "show_views"] + ["data"] * (args.dataset != "folder")
-        differ = [f"--{k.replace('_', '-')} {old[k]} there, {v} here" for k, v in vars(args).items() if k not in free and old[k] != v]
-        if differ:
-            raise UserError(f"{out} holds another run ({'; '.join(differ)}): choose another --out")
-        return checkpoint
-    if out.exists() and (not out.is_dir() or any(f.suffix != ".tmp" for f in out.iterdir())):
-        raise UserError(f"{out} holds something else than a run: choose another --out")
-    return None
+def claim(out: Path, args) -> tuple | None:
+    """What `load` reads of a run that is to be continued, None for a new one. Raises UserError if `out` holds anything else."""
+    found = None
+    if RANK == 0:
+        for entry in os.scandir(out):
+            ours = entry.name in OURS or entry.name.startswith(".") and entry.name.endswith(".tmp")
+            if not ours or not entry.is_file(follow_symlinks=False):
+                raise UserError(f"--out {out} holds {entry.name}, which no run of ours does: choose another")
+            if entry.name.endswith(".tmp"):
+                os.unlink(entry)                                # of a process that was killed
+        if (out / "checkpoint.pt").exists():
+            found = load(out / "checkpoint.pt")
+            old = vars(found[0])
+            differ = [f"--{k.replace('_', '-')} {old[k]} there, {v} here" for k, v in vars(args).items() if k not in PLACES and old[k] != v]
+            if differ:
+                why = " (the learning rate's schedule depends on the epochs)" * (old["epochs"] != args.epochs)
+                raise UserError(f"--out {out} holds another run: {'; '.join(differ)}{why}: choose another")
+        elif (out / "metrics.jsonl").exists():
+            raise UserError(f"--out {out} holds a metrics.jsonl without a checkpoint: choose another")
+    return first_tells(found)
 
 
-# ---------------------------------------------------------------------------- several processes (torchrun)
+class Run:
+    """The losses and files of a run while it trains: what is not the method."""
+
+    def __init__(self, out: Path, args, images, model, theta, phi, total: int, per_epoch: int):
+        self.out, self.args, self.model, self.total, self.per_epoch = out, args, model, total, per_epoch
+        self.images, self.device = fingerprint(images), next(model.f.parameters()).device
+        self.tensors, self.warned, self.saved_at = tensors(model, theta, phi), False, 0.0
+        found = all_tell(self.images)
+        if any(i != found[0] for i in found):
+            raise everywhere(UserError(f"the processes have different images: {', '.join(str(i[0]) for i in found)} of them, or other bytes"))
+
+    def start(self, checkpoint: tuple | None) -> int:
+        """The step to start from: 0, with the first files written, or the checkpoint's."""
+        step, N = 0, min(self.args.batch_size, self.images[0])
+        if N % RANKS:
+            raise everywhere(UserError(f"--batch-size {N} does not divide evenly over {RANKS} processes"))
+        if checkpoint:
+            _, step, images, found = checkpoint
+            if images != self.images:
+                raise everywhere(UserError(f"--out {self.out} was trained on {images[0]} other images than the {self.images[0]} here: choose another"))
+            restore(self.tensors, found)
+        first = {"command": command(), "args": vars(self.args), "images": self.images[0], "python": sys.version.split()[0],
+                 "torch": torch.__version__, "torchvision": torchvision.__version__, "threads": torch.get_num_threads(), "processes": RANKS,
+                 "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)}
+        self.log = read_log(self.out / "metrics.jsonl", 1 + step // self.per_epoch) if step else []
+        self.log = self.log or [json.dumps(first)]
+        if not checkpoint:
+            self.save(0)
+        if step < self.total:
+            self.write_log()
+            say(f"{self.out}: {self.images[0]} images of {self.args.image_size} px, {self.args.encoder}, {self.total - step} steps of "
+                f"{N} images on {self.device}" + f", {RANKS} processes" * (RANKS > 1))
+        self.first = step
+        self.pending, self.losses, self.began, self.since = [], [], time.perf_counter(), time.perf_counter()
+        return step
+
+    def after(self, step: int, lr: float, h: Tensor, loss: Tensor, inner: Tensor | None, stopped: int) -> None:
+        """What follows a step: its loss is kept, and looked at later, since a look waits for the GPU. At the end of an epoch the
+        log is written; then, or when a signal has come, the checkpoint."""
+        self.pending.append(torch.stack([loss, loss if inner is None else inner]))
+        epoch, i = divmod(step + 1, self.per_epoch)             # complete epochs, and steps after them
+        eta = (time.perf_counter() - self.began) / (step + 1 - self.first) * (self.total - step - 1)
+        if step == self.first and eta > 3600 and self.device.type == "cpu":
+            note(f"this will take about {eta / 3600:.0f} hours on this CPU; --encoder convnet --epochs 10 takes minutes")
+        if sys.stdout.isatty():
+            say(f"\repoch {step // self.per_epoch + 1}/{self.args.epochs}  step {step % self.per_epoch + 1}/{self.per_epoch}  ETA {clock(eta)} ", end="")
+        if i and not stopped and len(self.pending) < 100:
+            return
+        self.losses += self.look(step, lr)
+        if i == 0:
+            self.end_epoch(epoch, step + 1, lr, h, eta)
+        if stopped or step + 1 == self.total or i == 0 and time.perf_counter() - self.saved_at > 30:
+            self.save(step + 1, lr)
+        if stopped and step + 1 < self.total:
+            note(f"\nstopped after step {step + 1} of {self.total}; this continues: {command()}")
+            raise SystemExit(128 + stopped)
+        if i == 0:
+            self.losses, self.since = [], time.perf_counter()
+
+    def look(self, step: int, lr: float) -> list[list[float]]:
+        """[loss, inner loss] of each pending step, up to `step`; mean over the processes. Raises UserError for one that is not finite."""
+        values = torch.stack(self.pending).double().cpu()
+        self.pending = []
+        if RANKS > 1:
+            dist.all_reduce(values)
+            values /= RANKS
+        for loss, number in zip(values[:, 0].tolist(), range(step + 2 - len(values), step + 2)):
+            if not math.isfinite(loss):
+                raise everywhere(self.diverged(f"the loss is {loss}", number, lr))
+        return values.tolist()
+
+    def diverged(self, what: str, step: int, lr: float) -> UserError:
+        return UserError(f"{what} in step {step}, at a learning rate of about {lr:.3g}: try a smaller --lr than {self.args.lr}; "
+                         f"{self.out} keeps what was saved before")
+
+    def end_epoch(self, epoch: int, step: int, lr: float, h: Tensor, eta: float) -> None:
+        """Measure the last batch, add a line to metrics.jsonl and print it."""
+        args, (f, g, q, _) = self.args, self.model
+        with torch.no_grad():
+            z = g.eval()(h)
+            g.train()
+        h, z = projhead.gather(h), projhead.gather(z)
+        loss, inner = torch.tensor(self.losses).mean(dim=0).tolist()
+        line = {"epoch": epoch, "step": step, "loss": loss} | ({"inner_loss": inner} if args.inner_steps else {}) | {"lr": lr}
+        for name, features in (("h", h), ("z", z)):
+            line |= {f"rank_{name}": projhead.effective_rank(features), f"spread_{name}": projhead.spread(features)}
+        if args.predictor == "offdiag":
+            line["offdiag"] = q.E.norm().item()
+        if args.sparsity:
+            line |= {"penalty": sparsity(g, args.sparsity_norm).item(), "pruned": projhead.fraction_pruned(g)}
+        seconds = time.perf_counter() - self.since
+        speed = 2 * min(args.batch_size, self.images[0]) * len(self.losses) / seconds
+        line |= {"seconds": seconds, "views_per_s": speed, "memory": peak_memory(self.device)}
+        self.log.append(as_json(line))
+        self.write_log()
+        extra = "".join(f"  {k} {line[k]:.3f}" for k in ("offdiag", "pruned") if k in line)
+        say("\r" * sys.stdout.isatty() + f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  rank h {line['rank_h']:.1f} z {line['rank_z']:.1f}"
+            f"{extra}  {speed:.0f} views/s  ETA {clock(eta)}")
+        low = min(line["spread_h"], line["spread_z"])
+        if low < 0.05 and not self.warned:
+            self.warned = True
+            note(f"warning: the features collapse: their spread is {low:.2g} after epoch {epoch}, where 0 is one point")
+
+    def write_log(self) -> None:
+        if RANK == 0:
+            write(self.out / "metrics.jsonl", "".join(line + "\n" for line in self.log).encode())
+
+    def save(self, step: int, lr: float = 0.0) -> None:
+        if not all(bool(t.isfinite().all()) for part in self.tensors.values() for t in part.values()):
+            raise everywhere(self.diverged("a weight or a BatchNorm's statistic is not finite", step, lr))
+        if RANK == 0:
+            save(self.out / "checkpoint.pt", {"args": vars(self.args), "step": step, "images": self.images, **self.tensors})
+        self.saved_at = time.perf_counter()
+
+    def finish(self) -> None:
+        if self.first >= self.total:
+            return say(f"{self.out} is finished: {self.args.epochs} epochs. Look at it: python eval.py {shlex.quote(str(self.out))}")
+        say(f"done in {clock(time.perf_counter() - self.began)}. Look at it: python eval.py {shlex.quote(str(self.out))}")
+
+
+def read_log(path: Path, count: int) -> list[str]:
+    """The first `count` lines of metrics.jsonl, or fewer."""
+    lines = []
+    if path.is_file():
+        with open(path, "rb") as file:
+            while len(lines) < count and (line := file.readline(2**16)).endswith(b"\n"):
+                lines.append(line.decode(errors="replace").rstrip("\n"))
+    return lines
+
+
+def as_json(value) -> str:
+    """JSON in one line, floats to six digits after the point; what is not a number is null."""
+    def plain(v):
+        if isinstance(v, dict):
+            return {k: plain(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [plain(x) for x in v]
+        return v if not isinstance(v, float) else round(v, 6) if math.isfinite(v) else None
+    return json.dumps(plain(value))
+
+
+def command() -> str:
+    return shlex.join((["torchrun", "--nproc-per-node", str(LOCAL_RANKS)] if RANKS > 1 else ["python"]) + sys.argv)
+
+
+def peak_memory(device) -> float:
+    """GiB that the device (on a CPU this process) has held at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}" if seconds >= 3600 else \
+        f"{int(seconds // 60)}:{int(seconds % 60):02}"
+
+
+# ---------------------------------------------------------------------------- several processes, signals, the terminal
 
 def join(args) -> torch.device:
     """This process's device; under torchrun it joins the others, by nccl on GPUs and gloo on CPUs."""
@@ -568,28 +1011,45 @@ def join(args) -> torch.device:
     return device
 
 
-def first_decides(make):
-    """make() of the first process, for all of them: what it returns, or its UserError or OSError."""
-    result = [None, None]
-    if RANK == 0:
-        try:
-            result[0] = make()
-        except (UserError, OSError) as e:
-            result[1] = e
+def usable(device: str) -> torch.device:
+    """The device of that name. Raises UserError where there is none."""
+    try:
+        x = torch.zeros(1, device=device)
+        x.item()                                                # the device "meta" holds no values
+        return x.device
+    except Exception as e:
+        raise UserError(f"--device {device}: {str(e).splitlines()[0]}") from None
+
+
+def first_tells(value):
+    """What the first process has, in all of them."""
+    values = [value]
     if RANKS > 1:
-        dist.broadcast_object_list(result)
-    if result[1]:
-        raise result[1]
-    return result[0]
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def all_tell(value) -> list:
+    """What each process has, in all of them."""
+    values = [value]
+    if RANKS > 1:
+        dist.all_gather_object(values := [None] * RANKS, value)
+    return values
+
+
+def everywhere(error: UserError) -> BaseException:
+    """An error that all processes have: the first shows it."""
+    return error if RANK == 0 else SystemExit(2)
 
 
 def average_gradients(optimizer, *_) -> None:
     """Before each step of an optimizer: its gradients become their means over the processes, in one message."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    mean = torch.cat([g.flatten() for g in gradients]) / RANKS
-    dist.all_reduce(mean)
-    for g, new in zip(gradients, mean.split([g.numel() for g in gradients])):
-        g.copy_(new.view_as(g))
+    gradients = [p.grad for p in parameters(optimizer) if p.grad is not None]
+    if gradients:
+        mean = torch.cat([g.flatten() for g in gradients]) / RANKS
+        dist.all_reduce(mean)
+        for g, new in zip(gradients, mean.split([g.numel() for g in gradients])):
+            g.copy_(new.view_as(g))
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -610,399 +1070,72 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 
 def synchronized(module: nn.Module) -> nn.Module:
-    module = nn.SyncBatchNorm.convert_sync_batchnorm(module)        # the same parameters under the same names
-    for m in module.modules():
-        if isinstance(m, nn.SyncBatchNorm):
-            m.__class__ = SyncBatchNorm
+    """The module, where there are several processes with each BatchNorm a SyncBatchNorm; the same parameters and names."""
+    if RANKS > 1:
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        for m in module.modules():
+            if isinstance(m, nn.SyncBatchNorm):
+                m.__class__ = SyncBatchNorm
     return module
 
 
-# ---------------------------------------------------------------------------- training
-
-def views(images, args, steps: range, per_epoch: int, batch_size: int, device):
-    """For each step the two views of its images, one batch (2N, 3, S, S): a function of (args.seed, step) alone."""
-    N = batch_size // RANKS                             # this process's share
-    def indices():
-        for step in steps:
-            epoch, i = divmod(step, per_epoch)
-            if i == 0 or step == steps.start:
-                order = torch.randperm(len(images), generator=stream(args.seed, epoch, 0))
-            yield order[i * batch_size + RANK * N:][:N]
-    for step, batch in zip(steps, batches(images, indices(), device, args.workers)):
-        numbers = stream(args.seed, step, 1)
-        x = [augment(batch, numbers, args.crop_scale, args.hue, args.grayscale, RANK, RANKS) for _ in "12"]
-        yield torch.cat(x).contiguous(memory_format=torch.channels_last)
-
-
-class Watch:
-    """The losses and times of steps, without waiting for a GPU: there a moment is an event, and a loss is read once it has arrived."""
-
-    def __init__(self, device, advice: str):
-        self.cuda, self.advice, self.pending = device.type == "cuda", advice, collections.deque()
-        self.reset()
-
-    def reset(self):
-        self.since, self.network, self.loss = time.perf_counter(), 0.0, 0.0     # seconds, seconds, sum over steps
-
-    def moment(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def start(self):
-        self.begin = self.moment()
-
-    def stop(self, step: int, rate: float, loss: Tensor):
-        self.pending.append((step, rate, loss.detach().to("cpu", non_blocking=True), self.begin, self.moment()))
-        self.look(wait=False)
-
-    def look(self, wait: bool):
-        """Take in the steps that are done, or all of them. Raises UserError for a loss that is not finite."""
-        while self.pending and (wait or not self.cuda or self.pending[0][-1].query()):
-            step, rate, loss, begin, end = self.pending.popleft()
-            if self.cuda:
-                end.synchronize()
-            self.network += begin.elapsed_time(end) / 1000 if self.cuda else end - begin
-            self.loss += loss.item()
-            if not math.isfinite(loss.item()):
-                raise self.diverged(f"the loss is {loss.item()}", step, rate)
-
-    def diverged(self, what: str, step: int, rate: float) -> UserError:
-        return UserError(f"{what} in step {step}, at a learning rate of {rate:.3g}: {self.advice}")
-
-
 @contextlib.contextmanager
-def signal_handlers_restored():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def signals():
+    """A list that will hold the first SIGINT or SIGTERM; the next one ends the process. The handlers are restored at the end.
+
+    Python runs a handler only between two operations, and a backward pass is one: so a thread says at once that the step is
+    being finished, and ends the process on a second signal.
+    """
+    caught, count = [], 0
+    ends = os.pipe()
+    os.set_blocking(ends[1], False)
+    def watch():
+        seen = 0
+        while number := os.read(ends[0], 1):
+            seen += 1
+            if seen == 1:
+                note("\nfinishing the step, then saving")
+            elif RANKS == 1:                                    # torchrun passes on what has come already
+                os._exit(128 + number[0])
+    watcher = threading.Thread(target=watch, daemon=True)
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = signal.set_wakeup_fd(ends[1])
+    watcher.start()
     try:
-        yield
+        yield caught
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(old)
+        os.close(ends[1])
+        watcher.join()
+        os.close(ends[0])
 
 
-def catch_signals() -> list[int]:
-    """A list that will hold the first SIGINT or SIGTERM."""
-    caught = []
-    def catch(number, _):
-        caught.append(number)
-        for number in (signal.SIGINT, signal.SIGTERM) if RANKS == 1 else ():    # torchrun passes on what has come already
-            signal.signal(number, signal.SIG_DFL)                               # a second one quits at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
-    return caught
-
-
-@signal_handlers_restored()
-def train(args, views=views) -> None:
-    """The whole run of these arguments: everything that a paper would print as pseudo-code is in the loop below.
-
-    views: what makes a step's input, to be replaced by --benchmark. Raises UserError; on SIGINT and SIGTERM it
-    finishes the step, saves and raises SystemExit(130 or 143).
-    """
-    if args.batch_size % RANKS:
-        raise UserError(f"--batch-size {args.batch_size} does not divide evenly over {RANKS} processes")
-    out, device = Path(args.out), join(args)
-    say = print if RANK == 0 else lambda *_, **__: None
-    checkpoint = first_decides(lambda: claim(out, args))
-    if LOCAL_RANK:                                      # the first process of each machine downloads, then the others read
-        try:
-            dist.barrier()
-        except RuntimeError:
-            raise UserError("the first process has stopped") from None
-    images, _ = load_dataset(args.dataset, args.data, True, args.image_size)    # the labels are not looked at
-    if RANKS > 1 and not LOCAL_RANK:
-        dist.barrier()
-    if args.limit and args.limit > len(images):
-        raise UserError(f"--limit {args.limit}: {args.dataset} has {len(images)} training images")
-    images = images[:args.limit]
-    if isinstance(images, Tensor):
-        images = images.to(device)
-    if len(images) < max(2, RANKS):
-        raise UserError(f"{len(images)} images are no training set for {RANKS} processes: a loss needs at least two")
-    if checkpoint and checkpoint.get("images") != len(images):
-        raise UserError(f"{out} was trained on {checkpoint.get('images')} images, and there are {len(images)} now: choose another --out")
-    batch_size = min(args.batch_size, len(images) // RANKS * RANKS)
-    per_epoch = len(images) // batch_size               # the last short batch is left out, another one each epoch
-    total, peak = args.epochs * per_epoch, args.lr * batch_size / 256
-
-    # Models: the encoder f (theta), the heads g and q (phi), and BYOL's slow copy of f and g.
-    f, g, q = (m.to(device) for m in build(args))
-    f = f.to(memory_format=torch.channels_last)
-    if args.sparsity:
-        try:
-            projhead.linear_weight(g, args.sparsity_layer)
-        except ValueError as e:
-            raise UserError(f"--sparsity-layer {args.sparsity_layer}: {e}") from None
+def first_signal(caught: list[int]) -> int:
+    """The signal after which to stop, or 0. All processes stop after the same step; this waits for processes, not for GPUs."""
+    number = caught[0] if caught else 0
     if RANKS > 1:
-        f, g, q = synchronized(f), synchronized(g), synchronized(q)
-    target = copy.deepcopy(nn.Sequential(f, g)).requires_grad_(False) if args.target == "ema" else None
-    modules = {"encoder": f, "head": g, "predictor": q} | ({"target": target} if target else {})
-
-    # Optimizers: theta and phi apart, so that either can move alone. Each rate is a multiple of the schedule's.
-    sgd = dict(lr=peak, momentum=args.momentum, weight_decay=args.weight_decay, fused=device.type == "cuda")
-    optimizer_f = torch.optim.SGD([{"params": f.parameters(), "scale": 1.0}], **sgd)
-    groups = [{"params": list(g.parameters()), "scale": args.head_lr},
-              {"params": list(q.parameters()), "scale": args.predictor_lr}]
-    if args.predictor == "offdiag":
-        groups[1]["weight_decay"] = 0.0                 # decay would itself bring the head back to the identity
-    groups = [group for group in groups if group["params"]]
-    optimizer_gq = torch.optim.SGD(groups, **sgd) if groups else None
-    optimizers = {"optimizer_f": optimizer_f} | ({"optimizer_gq": optimizer_gq} if groups else {})
-    for optimizer in optimizers.values() if RANKS > 1 else ():
-        optimizer.register_step_pre_hook(average_gradients)
-
-    start = checkpoint["step"] if checkpoint else 0
-    if start >= total:
-        return say(f"{out} is finished: {args.epochs} epochs. Look at it: python eval.py {shlex.quote(str(out))}")
-    if checkpoint:
-        restore(checkpoint, modules | optimizers, out / "checkpoint.pt")
-    def save_state(step):
-        if RANK == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            save(out / "checkpoint.pt", {"args": vars(args), "step": step, "images": len(images),
-                                         **{name: part.state_dict() for name, part in (modules | optimizers).items()}})
-    if not checkpoint:
-        save_state(0)
-    log = start_log(out / "metrics.jsonl", args, start // per_epoch, device, len(images))
-    if args.compile:
-        f.compile()
-
-    def amp():
-        return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-    pair = {"infonce": lambda p, z: projhead.nt_xent(p, z.detach(), args.tau),
-            "cosine": projhead.negative_cosine, "bn": projhead.bn_mse}[args.loss]
-
-    def objective(h, t=None):
-        """L(theta, phi) of h (2N, D), the views one after the other, in float32; t: the slow copy's z. Also returns z."""
-        with amp():
-            z = g(h)                                    # 2N x d
-            p = q(z)                                    # 2N x d
-        if args.predictor == "none":
-            loss = projhead.nt_xent(*z.chunk(2), args.tau)
-        else:
-            (p1, p2), (z1, z2) = p.chunk(2), (z if t is None else t).chunk(2)
-            loss = (pair(p1, z2) + pair(p2, z1)) / 2    # both ways round [reading]; each detaches its second argument
-        if args.sparsity:
-            loss = loss + args.sparsity * projhead.sparsity(g, args.sparsity_norm, args.sparsity_layer)
-        if args.information:
-            loss = loss + args.information * projhead.matrix_information(h, z)
-        return loss, z
-
-    watch, stop = Watch(device, f"try a smaller --lr than {args.lr}; {out} keeps what was saved before"), catch_signals()
-    say(f"{out}: {len(images)} images of {args.image_size} px, {args.encoder}, {total - start} steps of {batch_size} images on "
-        f"{device}" + f", {RANKS} processes" * (RANKS > 1), flush=True)
-    f.train(), g.train(), q.train()
-    began, total_inner, warned = time.perf_counter(), 0.0, False
-    for step, x in enumerate(views(images, args, range(start, total), per_epoch, batch_size, device), start):
-        epoch, i = divmod(step, per_epoch)
-        rate = learning_rate(step, total, peak, args.warmup)
-        for optimizer in optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
-
-        # Both views in one batch: BatchNorm sees both, where SimSiam and BYOL run one after the other.
-        watch.start()
-        with amp():
-            h = f(x)                                    # 2N x D
-            t = None
-            if target:
-                with torch.no_grad():
-                    t = target(x)                       # 2N x d
-
-        if args.inner_steps:                            # phi alone, h held fixed
-            total_inner += projhead.fit_head(lambda: objective(h.detach(), t)[0], optimizer_gq, args.inner_steps, wait=False)
-        for optimizer in optimizers.values():
-            optimizer.zero_grad()
-        loss, z = objective(h, t)
-        loss.backward()
-        optimizer_f.step()                              # theta
-        if optimizer_gq and not args.inner_steps:
-            optimizer_gq.step()                         # joint training: phi in the same step
-
-        if target:  # Parameters are averaged. BatchNorm's buffers are the copy's own: it runs in train mode, on its batches.
-            m = 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / total)) / 2
-            with torch.no_grad():
-                for slow, fast in zip(target.parameters(), nn.Sequential(f, g).parameters()):
-                    slow.lerp_(fast, 1 - m)
-
-        watch.stop(step + 1, rate, loss)
-        eta = (time.perf_counter() - began) / (step + 1 - start) * (total - step - 1)
-        if step == start and eta > 3600 and device.type == "cpu":
-            say(f"this will take about {eta / 3600:.0f} hours on this CPU; "
-                "--encoder convnet --limit 10000 --epochs 10 takes minutes", file=sys.stderr)
-        if sys.stdout.isatty():
-            say(f"\repoch {epoch + 1}/{args.epochs}  step {i + 1}/{per_epoch}  ETA {clock(eta)} ", end="", flush=True)
-        stopped = stop[0] if stop else 0
-        if RANKS > 1:                                   # all stop after the same step; this waits for processes, not for GPUs
-            dist.all_reduce(stopped := torch.tensor(stopped), dist.ReduceOp.MAX)
-            stopped = stopped.item()
-        if i + 1 < per_epoch and not stopped:
-            continue
-
-        # The end of an epoch: measure the last batch, log, save.
-        watch.look(wait=True)
-        if not all(p.isfinite().all() for m in modules.values() for p in m.parameters()):
-            raise watch.diverged("a weight is not finite", step + 1, rate)
-        if i + 1 == per_epoch:
-            done = step + 1 - max(start, epoch * per_epoch)
-            means = torch.tensor([watch.loss, float(total_inner)], dtype=torch.float64) / done / RANKS
-            h, z = projhead.gather(h.detach()), projhead.gather(z.detach())
-            if RANKS > 1:
-                dist.all_reduce(means)
-            line = {"epoch": epoch + 1, "step": step + 1, "loss": means[0].item()}
-            if args.inner_steps:
-                line["inner_loss"] = means[1].item()
-            line["lr"] = rate
-            for name, features in (("h", h), ("z", z)):
-                line |= {f"rank_{name}": projhead.effective_rank(features), f"spread_{name}": projhead.spread(features)}
-            if args.predictor == "offdiag":
-                line["offdiag"] = q.E.norm().item()
-            if args.sparsity:
-                line["penalty"] = projhead.sparsity(g, args.sparsity_norm, args.sparsity_layer).item()
-                line["pruned"] = projhead.share_pruned(g, args.sparsity_layer)
-            if args.dataset == "folder":
-                line["skipped"] = len(SKIPPED)
-            seconds = time.perf_counter() - watch.since
-            line |= {"seconds": seconds, "views_per_s": 2 * batch_size * done / seconds,
-                     "overhead": 1 - watch.network / seconds, "memory": peak_memory(device)}
-            log.append(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}))
-            if RANK == 0:
-                write(out / "metrics.jsonl", "".join(line + "\n" for line in log).encode())
-            extra = "".join(f"  {k} {line[k]:.3f}" for k in ("offdiag", "pruned") if k in line)
-            say(("\r" if sys.stdout.isatty() else "") + f"epoch {epoch + 1}/{args.epochs}  loss {line['loss']:.4f}  "
-                f"rank h {line['rank_h']:.1f} z {line['rank_z']:.1f}{extra}  {line['views_per_s']:.0f} views/s "
-                f"({100 * line['overhead']:.0f} % overhead)  ETA {clock(eta)}", flush=True)
-            low = min(line["spread_h"], line["spread_z"])
-            if low < 0.05 and not warned:
-                warned = True
-                say(f"warning: the features collapse: their spread is {low:.2g} after epoch {epoch + 1}, where 0 is one point", file=sys.stderr)
-        save_state(step + 1)
-        if stopped and step + 1 < total:
-            say(f"\nstopped after step {step + 1} of {total}; this continues: {command()}", file=sys.stderr)
-            raise SystemExit(128 + stopped)
-        watch.reset()
-        total_inner = 0.0
-    say(f"done in {clock(time.perf_counter() - began)}. Look at it: python eval.py {shlex.quote(str(out))}")
+        dist.all_reduce(number := torch.tensor(number), dist.ReduceOp.MAX)
+        number = int(number)
+    return number
 
 
-def show_views(args) -> None:
-    """Write a picture to args.show_views: eight images, each at the left of eight views of it as training sees them."""
-    images, _ = load_dataset(args.dataset, args.data, True, args.image_size)
-    batch, numbers = next(batches(images, [torch.arange(min(8, len(images)))], torch.device("cpu"))), stream(args.seed, 0, 1)
-    views = [augment(batch, numbers, args.crop_scale, args.hue, args.grayscale) for _ in range(8)]
-    x = torch.stack([normalize(batch.float() / 255), *views], dim=1).flatten(0, 1)        # 8 * 9 x 3 x S x S
-    mean, std = torch.tensor([MEAN, STD])[..., None, None]
-    try:
-        torchvision.utils.save_image((x * std + mean).clamp(0, 1), args.show_views, nrow=9)
-    except ValueError as e:
-        raise UserError(f"--show-views {args.show_views}: {e}") from None
-    print(f"{args.show_views}: images, and to the right of each eight views of it")
+def printable(text) -> str:
+    """The text with control characters, as of hostile file names, written as escapes; line breaks at its ends stay."""
+    text = str(text)
+    core = text.strip("\r\n")
+    return text.replace(core, "".join(c if c.isprintable() else repr(c)[1:-1] for c in core)) if core else text
 
 
-def benchmark(args) -> None:
-    """Print the speeds that README.md quotes, from short runs of train() itself: medians of five interleaved rounds."""
-    if RANKS > 1:
-        raise UserError("--benchmark runs in one process")
-    images, device = load_dataset(args.dataset, args.data, True, args.image_size)[0], usable(args.device)
-    if isinstance(images, Folder):
-        raise UserError(f"--benchmark needs images that fit in memory: {args.data} has {len(images)}")
-    args.limit = min(len(images), args.limit or args.batch_size * (40 if device.type == "cuda" or args.encoder == "convnet" else 4))
-    args.batch_size, images = min(args.batch_size, args.limit), images[:args.limit].to(device)
-    per_epoch, args.epochs = args.limit // args.batch_size, 2       # the first epoch warms up
-    variants = {"training": (views, {}), "ready": (ready_views, {}), "pillow": (pillow_views, {})}
-    if args.head_lr:
-        variants |= {"joint": (views, {"inner_steps": 0}), "inner": (views, {"inner_steps": 5})}
-    speeds = collections.defaultdict(list)
-    for _ in range(5):
-        for name, (how, changes) in variants.items():
-            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-                train(argparse.Namespace(**vars(args) | changes | {"out": folder + "/run"}), how)
-                line = json.loads((Path(folder) / "run/metrics.jsonl").read_text().splitlines()[-1])
-            speeds[name].append(line["views_per_s"])
-        for name, how in (("views alone", views), ("pillow alone", pillow_views)):
-            began = time.perf_counter()
-            for x in how(images, args, range(per_epoch), per_epoch, args.batch_size, device):
-                pass
-            x.sum().item()                              # waits for the device
-            speeds[name].append(2 * args.batch_size * per_epoch / (time.perf_counter() - began))
-    def ratio(a, b):                                    # of the rounds, since the machine's speed drifts between them
-        return statistics.median(x / y for x, y in zip(speeds[a], speeds[b]))
-    median = {name: statistics.median(values) for name, values in speeds.items()}
-    print(f"{args.encoder}, {args.image_size} px, {per_epoch} steps of {args.batch_size} images, on {device}, {torch.get_num_threads()} "
-          f"threads, {args.workers} workers\n"
-          f"views alone            {median['views alone']:8.0f} views/s\n"
-          f"  torchvision, Pillow  {median['pillow alone']:8.0f} views/s: ours are {ratio('views alone', 'pillow alone'):.1f} times as fast\n"
-          f"training               {median['training']:8.0f} views/s, {2000 * args.batch_size / median['training']:.1f} ms a step\n"
-          f"  on ready views       {median['ready']:8.0f} views/s: training reaches {ratio('training', 'ready'):.3f} of it\n"
-          f"  torchvision, Pillow  {median['pillow']:8.0f} views/s: ours is {ratio('training', 'pillow'):.2f} times as fast")
-    if args.head_lr:
-        print(f"--inner-steps 5 takes {ratio('joint', 'inner'):.3f} times the time of joint training")
-    print(f"peak memory {peak_memory(device):.2f} GiB")
-
-
-def ready_views(images, args, steps, per_epoch, batch_size, device):
-    """One batch of views, again and again: what remains is the network."""
-    x = next(views(images, args, steps, per_epoch, batch_size, device))
-    yield from (x for _ in steps)
-
-
-class Pairs(torch.utils.data.Dataset):
-    """Two views of image i by torchvision's transforms on Pillow images: how it is usually done."""
-
-    def __init__(self, images, args):
-        T = torchvision.transforms
-        self.images, self.view = images.cpu(), T.Compose([
-            T.ToPILImage(), T.RandomResizedCrop(args.image_size, (args.crop_scale, 1)), T.RandomHorizontalFlip(),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, args.hue)], 0.8), T.RandomGrayscale(args.grayscale),
-            T.ToTensor(), T.Normalize(MEAN, STD)])
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.view(self.images[i]), self.view(self.images[i])
-
-
-def pillow_views(images, args, steps, per_epoch, batch_size, device):
-    loader = torch.utils.data.DataLoader(Pairs(images, args), batch_size, shuffle=True, drop_last=True, num_workers=args.workers,
-                                         pin_memory=device.type == "cuda", persistent_workers=args.workers > 0)
-    for _ in range(len(steps) // per_epoch):
-        for x1, x2 in loader:
-            yield torch.cat([x1, x2]).to(device, non_blocking=True, memory_format=torch.channels_last)
-
-
-def start_log(path: Path, args, epochs: int, device, M: int) -> list[str]:
-    """The lines of metrics.jsonl: its first, written for a new run, and as many epochs as the checkpoint has."""
-    first = {"command": command(), "args": vars(args), "images": M,
-             "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
-             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-             "processes": RANKS, "threads": torch.get_num_threads()}
-    lines = path.read_text(errors="replace").splitlines()[:1 + epochs] if epochs and path.exists() else []
-    lines = lines or [json.dumps(first)]
+def say(text: str, end: str = "\n") -> None:
     if RANK == 0:
-        write(path, "".join(line + "\n" for line in lines).encode())
-    return lines
+        print(printable(text), end=end, flush=True)
 
 
-def command() -> str:
-    return shlex.join((["torchrun", "--nproc-per-node", str(LOCAL_RANKS)] if RANKS > 1 else ["python"]) + sys.argv)
-
-
-def peak_memory(device) -> float:
-    """GiB that the device (on a CPU this process) has held at most."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}" if seconds >= 3600 else \
-        f"{int(seconds // 60)}:{int(seconds % 60):02}"
+def note(text: str, end: str = "\n") -> None:
+    if RANK == 0:
+        print(printable(text), end=end, file=sys.stderr, flush=True)
 
 
 def main(run) -> None:
@@ -1010,20 +1143,14 @@ def main(run) -> None:
     try:
         run()
     except (UserError, OSError) as e:
-        if LOCAL_RANK == 0:
-            print(f"error: {e}", file=sys.stderr)
+        print(f"error: {printable(e)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def run() -> None:
-    args = parse_args()
-    try:
-        (benchmark if args.benchmark else show_views if args.show_views else train)(args)
     except (RuntimeError, MemoryError) as e:
         if isinstance(e, MemoryError) or "to allocate" in str(e):
-            raise UserError(f"out of memory with --batch-size {args.batch_size}: try --batch-size {max(2, args.batch_size // 2)}") from None
+            print("error: out of memory: try a smaller --batch-size", file=sys.stderr)
+            sys.exit(2)
+        if RANKS > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            sys.exit(2)                                         # another process has stopped, and said why
         raise
     finally:
         if dist.is_initialized():
@@ -1031,4 +1158,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(lambda: train(parse_args()))
