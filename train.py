@@ -20,6 +20,8 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import datetime
+import functools
 import hashlib
 import inspect
 import io
@@ -55,12 +57,14 @@ RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (    # torchrun sets these, and MASTER_AD
 def objective(h: Tensor, t: Tensor | None, model, args) -> Tensor:
     """L(theta, phi) of h (2N, D), the first views of N images and then the second; t (2N, d): the slow copy's z, or None."""
     z = model.g(h)                                      # 2N x d
-    loss_fn, options = LOSSES[args.loss], {"tau": args.tau} if args.tau else {}
+    loss_fn = LOSSES[args.loss] if args.tau is None else functools.partial(LOSSES[args.loss], tau=args.tau)
     if args.predictor == "none":
-        loss = loss_fn(*z.chunk(2), **options)          # InfoNCE
+        z1, z2 = z.chunk(2)
+        loss = loss_fn(z1, z2)                          # InfoNCE
     else:
-        (p1, p2), (t1, t2) = model.q(z).chunk(2), (z if t is None else t).detach().chunk(2)
-        loss = (loss_fn(p1, t2, **options) + loss_fn(p2, t1, **options)) / 2     # both ways round [reading]
+        p1, p2 = model.q(z).chunk(2)
+        t1, t2 = (z if t is None else t).detach().chunk(2)
+        loss = (loss_fn(p1, t2) + loss_fn(p2, t1)) / 2  # both ways round [reading]
     if args.sparsity:                                   # Song et al.
         loss = loss + args.sparsity * sparsity(model.g, args.sparsity_norm)
     return loss
@@ -95,13 +99,11 @@ def encode(f: nn.Module, x: Tensor) -> Tensor:
     return h.float() if h.dtype == torch.bfloat16 else h
 
 
-def train(args, views=None) -> None:
-    """The whole run of these arguments. views: what makes a step's input, if not `views` below.
-
-    Raises UserError. On SIGINT and SIGTERM it finishes the step, saves and raises SystemExit(130 or 143).
-    """
+def train(args) -> None:
+    """The whole run of these arguments. Raises UserError; on SIGINT or SIGTERM it finishes the step, saves and raises
+    SystemExit(130 or 143)."""
     device, out = join(args), Path(args.out)
-    with locked(out), signals() as caught:
+    with locked(out):
         checkpoint = claim(out, args)
         images = training_images(args, device)          # uint8 M x 3 x S x S
         N = min(args.batch_size, len(images))           # images a step, over all processes
@@ -109,16 +111,17 @@ def train(args, views=None) -> None:
         total = args.epochs * per_epoch
         model = build(args, device)
         theta, phi = optimizers(model, args)
-        run = Run(out, args, images, model, theta, phi, total, per_epoch)
+        run = Run(args, images, model, theta, phi, total, per_epoch)
         start = run.start(checkpoint)
-        for step, x in enumerate((views or two_views)(images, args, range(start, total), per_epoch, N, device), start):
-            lr = learning_rate(step, total, args.lr * N / 256, args.warmup)
-            for group in theta.param_groups + phi.param_groups:
-                group["lr"] = lr * group["scale"]
-            h, loss, inner = train_step(x, model, theta, phi, args)
-            if model.target:
-                follow(model, 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / total)) / 2)
-            run.after(step, lr, h, loss, inner, first_signal(caught))
+        with signals() as caught:
+            for step, x in enumerate(two_views(images, args, range(start, total), per_epoch, N, device), start):
+                lr = learning_rate(step, total, args.lr * N / 256, args.warmup)
+                for group in theta.param_groups + phi.param_groups:
+                    group["lr"] = lr * group["scale"]
+                h, loss, inner = train_step(x, model, theta, phi, args)
+                if model.target:
+                    follow(model, 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / total)) / 2)
+                run.after(step, lr, h, loss, inner, first_signal(caught))
         run.finish()
 
 
@@ -370,65 +373,56 @@ def load_folder(root: Path, train: bool, size: int, limit: int | None, create: b
 
 
 def decoded(paths: list[Path], base: Path, size: int, create: bool) -> tuple[Tensor, Tensor]:
-    """(images uint8 (M, 3, size, size), which of the paths could be read: bool): decoded once, then mapped from a file in CACHE.
+    """(images uint8 (M, 3, size, size), which of the paths could be read: bool (len(paths),)), mapped from a file in CACHE.
 
-    The file's name is a hash of what it was made of; it holds the images and then a byte for each path. It is written as
-    NAME.tmp, under a lock, and renamed when it is whole. Without `create` what is not there is decoded to memory.
+    The file's name is a hash of what it was made of: paths below base, sizes, times. It holds a byte for each path, then the
+    images. It is written as NAME.tmp, under a lock, and renamed when whole. Without `create` the images go to memory.
     """
     made_of = [(str(f.relative_to(base)), s.st_size, s.st_mtime_ns) for f in paths for s in [f.stat()]]
     file = CACHE / f"{hashlib.sha256(repr((size, made_of)).encode(errors='surrogatepass')).hexdigest()[:32]}.images"
+    def parts(whole):
+        return whole[len(paths):].view(-1, 3, size, size), whole[:len(paths)].bool()
     def mapped():
-        flags = torch.frombuffer(bytearray(tail(file, len(paths))), dtype=torch.uint8).bool()
-        M = int(flags.sum())
-        if file.stat().st_size != M * 3 * size**2 + len(paths):
-            raise ValueError
-        return torch.from_file(str(file), size=M * 3 * size**2, dtype=torch.uint8).view(M, 3, size, size), flags
-    with contextlib.suppress(OSError, ValueError):
+        return parts(torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8))
+    if file.is_file():
         return mapped()
     if not create:
-        pixels = io.BytesIO()
-        flags = decode(paths, size, pixels)
-        return torch.frombuffer(pixels.getbuffer(), dtype=torch.uint8).view(-1, 3, size, size), torch.tensor(flags)
+        decode(paths, size, pixels := io.BytesIO())
+        return parts(torch.frombuffer(pixels.getbuffer(), dtype=torch.uint8))
+    temporary = file.with_suffix(".tmp")
     try:
         CACHE.mkdir(parents=True, exist_ok=True)
-        with open(file.with_suffix(".tmp"), "ab") as temporary, exclusive(temporary.fileno(), wait=True):
-            with contextlib.suppress(OSError, ValueError):
-                return mapped()                         # another process was decoding, and has finished
-            temporary.truncate(0)
-            flags = decode(paths, size, temporary)
-            temporary.write(bytes(flags))
-            temporary.flush()
-            os.replace(temporary.name, file)
+        with open(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as f, exclusive(f.fileno(), wait=True):
+            if not file.is_file():                      # else another process was decoding, and has finished
+                f.truncate(0)
+                decode(paths, size, f)
+                f.flush()
+                os.replace(temporary, file)
     except OSError as e:
-        file.with_suffix(".tmp").unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot keep the decoded images in {CACHE}: {e.strerror}; set XDG_CACHE_HOME to a folder with more room") from None
     return mapped()
 
 
-def tail(file: Path, count: int) -> bytes:
-    with open(file, "rb") as f:
-        f.seek(-count, os.SEEK_END)
-        return f.read()
-
-
-def decode(paths: list[Path], size: int, file) -> list[bool]:
-    """Write the pixels of each image that can be read to `file`; returns which. Raises UserError where over 1 % cannot."""
-    flags, bad = [], 0
+def decode(paths: list[Path], size: int, file) -> None:
+    """Write a byte for each path, 1 where it can be read, and then the pixels of those. Raises UserError where over 1 % cannot."""
+    readable, bad = bytearray(len(paths)), 0
+    file.write(readable)
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
         for start in range(0, len(paths), 1024):
-            for path, image in zip(paths[start:], pool.map(lambda f: read_image(f, size), paths[start:start + 1024])):
-                flags.append(isinstance(image, bytes))
-                if flags[-1]:
-                    file.write(image)
+            for i, image in enumerate(pool.map(lambda f: read_image(f, size), paths[start:start + 1024]), start):
+                if isinstance(image, bytes):
+                    readable[i] = file.write(image) > 0
                     continue
                 bad += 1
-                note(f"left out {path}: {image}")
                 if bad > 0.01 * len(paths):
                     pool.shutdown(cancel_futures=True)
-                    raise UserError(f"{bad} images cannot be read, over 1 % of {len(paths)}, the last {path}: {image}")
+                    raise UserError(f"{bad} images cannot be read, over 1 % of {len(paths)}, the last {paths[i]}: {image}")
+                note(f"left out {paths[i]}: {image}")
             if sys.stderr.isatty():
-                note(f"\rdecoded {len(flags):,} of {len(paths):,} images", end="" if len(flags) < len(paths) else "\n")
-    return flags
+                note(f"\rdecoded {min(start + 1024, len(paths)):,} of {len(paths):,} images" + "\n" * (start + 1024 >= len(paths)), end="")
+    file.seek(0)
+    file.write(readable)
 
 
 def read_image(path: Path, size: int) -> bytes | str:
@@ -696,9 +690,10 @@ def follow(model: Model, momentum: float) -> None:
 def tensors(model: Model, theta=None, phi=None) -> dict[str, dict[str, Tensor]]:
     """All that a checkpoint holds of the networks and of the optimizers' momentum, by name; not copied."""
     parts = {name: module.state_dict() for name, module in zip(MODULES, model) if module is not None}
-    momentum = {name: parameters(optimizer) and {str(i): optimizer.state[p]["momentum_buffer"] for i, p in enumerate(parameters(optimizer))}
-                for name, optimizer in (("theta", theta), ("phi", phi)) if optimizer}
-    return parts | {name: buffers or {} for name, buffers in momentum.items()}
+    for name, optimizer in (("theta", theta), ("phi", phi)):
+        if optimizer:
+            parts[name] = {str(i): optimizer.state[p]["momentum_buffer"] for i, p in enumerate(parameters(optimizer))}
+    return parts
 
 
 # ---------------------------------------------------------------------------- a run's files
@@ -844,8 +839,8 @@ def claim(out: Path, args) -> tuple | None:
 class Run:
     """The losses and files of a run while it trains: what is not the method."""
 
-    def __init__(self, out: Path, args, images, model, theta, phi, total: int, per_epoch: int):
-        self.out, self.args, self.model, self.total, self.per_epoch = out, args, model, total, per_epoch
+    def __init__(self, args, images, model, theta, phi, total: int, per_epoch: int):
+        self.out, self.args, self.model, self.total, self.per_epoch = Path(args.out), args, model, total, per_epoch
         self.images, self.device = fingerprint(images), next(model.f.parameters()).device
         self.tensors, self.warned, self.saved_at = tensors(model, theta, phi), False, 0.0
         found = all_tell(self.images)
@@ -880,7 +875,7 @@ class Run:
     def after(self, step: int, lr: float, h: Tensor, loss: Tensor, inner: Tensor | None, stopped: int) -> None:
         """What follows a step: its loss is kept, and looked at later, since a look waits for the GPU. At the end of an epoch the
         log is written; then, or when a signal has come, the checkpoint."""
-        self.pending.append(torch.stack([loss, loss if inner is None else inner]))
+        self.pending.append((step + 1, lr, torch.stack([loss, loss if inner is None else inner])))
         epoch, i = divmod(step + 1, self.per_epoch)             # complete epochs, and steps after them
         eta = (time.perf_counter() - self.began) / (step + 1 - self.first) * (self.total - step - 1)
         if step == self.first and eta > 3600 and self.device.type == "cpu":
@@ -889,7 +884,7 @@ class Run:
             say(f"\repoch {step // self.per_epoch + 1}/{self.args.epochs}  step {step % self.per_epoch + 1}/{self.per_epoch}  ETA {clock(eta)} ", end="")
         if i and not stopped and len(self.pending) < 100:
             return
-        self.losses += self.look(step, lr)
+        self.losses += self.look()
         if i == 0:
             self.end_epoch(epoch, step + 1, lr, h, eta)
         if stopped or step + 1 == self.total or i == 0 and time.perf_counter() - self.saved_at > 30:
@@ -900,20 +895,20 @@ class Run:
         if i == 0:
             self.losses, self.since = [], time.perf_counter()
 
-    def look(self, step: int, lr: float) -> list[list[float]]:
-        """[loss, inner loss] of each pending step, up to `step`; mean over the processes. Raises UserError for one that is not finite."""
-        values = torch.stack(self.pending).double().cpu()
-        self.pending = []
+    def look(self) -> list[list[float]]:
+        """[loss, inner loss] of the pending steps, means over the processes. Raises UserError for a loss that is not finite."""
+        values = torch.stack([value for _, _, value in self.pending]).double().cpu()
         if RANKS > 1:
             dist.all_reduce(values)
             values /= RANKS
-        for loss, number in zip(values[:, 0].tolist(), range(step + 2 - len(values), step + 2)):
+        for (step, lr, _), loss in zip(self.pending, values[:, 0].tolist()):
             if not math.isfinite(loss):
-                raise everywhere(self.diverged(f"the loss is {loss}", number, lr))
+                raise everywhere(self.diverged(f"the loss is {loss}", step, lr))
+        self.pending = []
         return values.tolist()
 
     def diverged(self, what: str, step: int, lr: float) -> UserError:
-        return UserError(f"{what} in step {step}, at a learning rate of about {lr:.3g}: try a smaller --lr than {self.args.lr}; "
+        return UserError(f"{what} in step {step}, at a learning rate of {lr:.3g}: try a smaller --lr than {self.args.lr}; "
                          f"{self.out} keeps what was saved before")
 
     def end_epoch(self, epoch: int, step: int, lr: float, h: Tensor, eta: float) -> None:
@@ -995,8 +990,7 @@ def peak_memory(device) -> float:
 
 
 def clock(seconds: float) -> str:
-    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}" if seconds >= 3600 else \
-        f"{int(seconds // 60)}:{int(seconds % 60):02}"
+    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 # ---------------------------------------------------------------------------- several processes, signals, the terminal
