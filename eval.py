@@ -397,7 +397,7 @@ def cell(key: str, values: list, raw: bool = False) -> str:
     form = "{:.0f}" if key in ("dim", "n") else "{:.2f}" if key in ("alignment", "uniformity", "pruned") else "{:.1f}"
     if raw or len(values) == 1:
         return " ".join(form.format(v) for v in values)
-    return f"{form} ± {form}".format(statistics.mean(values), statistics.stdev(values))
+    return f"{form}±{form}".format(statistics.mean(values), statistics.stdev(values))
 
 
 def columns_of(row: dict) -> list[str]:
@@ -419,33 +419,34 @@ def one_table(run, question: dict) -> list[dict]:
 
 def many_table(runs: list, question: dict, taps: bool, raw: bool) -> None:
     """Print a row for each method, or for each tap of each: runs that differ in the seed alone are one row, sorted as given."""
-    groups, untrained_rows = {}, {}                     # {method: [(rows, metrics)]}, {what the untrained encoder is: row}
+    methods, start = {}, {}                             # {flags: [(rows, metrics)]}, {what an untrained encoder is: its row}
     for run in runs:
-        rows = measured(run, question)
-        groups.setdefault(" ".join(f for f in train.flags(run.args) if not f.startswith("--seed ")), []).append((rows, metrics(run)))
-        for row in rows:
-            if row["tap"] == "h untrained":
-                untrained_rows[run.args.encoder, run.args.dataset, run.args.image_size, run.args.limit, run.args.seed] = row
-    common = set.intersection(*(set(split_flags(name)) for name in groups)) if len(groups) > 1 else set()
-    lines, first = [], next(iter(groups.values()))[0][0]
-    def line(name, n, rows, extra=None):
-        return {"flags": name, "n": n} | {key: cell(key, [row[key] for row in rows if key in row], raw) for key in columns_of(first[0])} | (extra or {})
-    if taps:
-        for name, members in groups.items():
-            for tap in [row["tap"] for row in members[0][0]]:
-                lines.append(line(short(name, common), len(members), [row for rows, _ in members for row in rows if row["tap"] == tap]))
-    else:
-        wide = [(key, tap) for key in columns_of(first[0])[3:] for tap in ("h", "z") if key not in ("alignment", "uniformity") and (tap == "h" or key.startswith(("linear", "rank")))]
-        blocks = [("untrained", [([row | {"tap": "h"}], {}) for row in untrained_rows.values()])] + [(short(name, common), members) for name, members in groups.items()]
-        for name, members in blocks:
-            cells = {f"{key} {tap}": cell(key, [row[key] for rows, _ in members for row in rows if row["tap"] == tap and key in row], raw) for key, tap in wide}
-            extra = {key: cell(key, [m[key] for _, m in members if key in m], raw) for key in ("pruned", "offdiag", "s/epoch")}
-            lines.append({"flags": name, "n": len(members)} | cells | extra)
-    columns = [key for key in lines[0] if any(str(entry[key]) for entry in lines)]
-    widths = [max(len(key), *(len(str(entry[key])) for entry in lines)) for key in columns]
+        rows, args = measured(run, question), run.args
+        methods.setdefault(" ".join(f for f in train.flags(args) if not f.startswith("--seed ")), []).append((rows, metrics(run)))
+        start[args.encoder, args.dataset, args.image_size, args.limit, args.seed] = rows[-1]
+    common = set.intersection(*(set(split_flags(name)) for name in methods)) if len(methods) > 1 else set()
+    def average(key, rows):
+        return cell(key, [row[key] for row in rows if key in row], raw)
+    def at(tap, rows):
+        return [row for row in rows if row["tap"] == tap]
+    lines, keys = [], columns_of(rows[0])
+    for name, members in methods.items() if taps else ():
+        every = [row for rows, _ in members for row in rows]
+        for tap in [row["tap"] for row in members[0][0]]:
+            lines.append({"flags": short(name, common), "n": len(members)} | {key: average(key, at(tap, every)) for key in keys})
+    if not taps:
+        wide = [key for key in keys[3:] if key.startswith(("held_out", "linear", f"knn{question['ks'][-1]}", "rank"))]
+        wide = [(key, tap) for key in wide for tap in ("h", "z") if tap == "h" or key.startswith(("linear", "rank"))]
+        blocks = [("untrained", [row | {"tap": "h"} for row in start.values()], [{}] * len(start))]
+        blocks += [(short(name, common), [row for rows, _ in members for row in rows], [m for _, m in members]) for name, members in methods.items()]
+        for name, rows, extra in blocks:
+            lines.append({"flags": name, "n": len(extra)} | {f"{key} {tap}": average(key, at(tap, rows)) for key, tap in wide}
+                         | {key: average(key, extra) for key in ("pruned", "offdiag", "s/epoch")})
+    columns = [key for key in lines[0] if any(str(line[key]) for line in lines)]
+    widths = [max(len(key), *(len(str(line[key])) for line in lines)) for key in columns]
     if common:
         train.say(f"all: {' '.join(sorted(common))}")
-    for cells in (columns, ["-" * w for w in widths], *([entry[key] for key in columns] for entry in lines)):
+    for cells in (columns, ["-" * w for w in widths], *([line[key] for key in columns] for line in lines)):
         show_line(cells, widths)
 
 

@@ -299,32 +299,38 @@ def read_dataset(name, root, train, size, limit=None, create=False) -> tuple[Ten
     if name == "folder":
         return load_folder(Path(root), train, size, limit, create)
     if name == "shapes":
-        images, labels, classes = *(draw_shapes(10_000, seed=1) if train else draw_shapes(4_000, seed=2)), SHAPES
+        images, labels, classes = *draw_shapes(*((10_000, 1) if train else (4_000, 2))), SHAPES
     else:
-        make, folder = {"cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py"),
-                        "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python"),
-                        "stl10": (torchvision.datasets.STL10, "stl10_binary")}[name]
-        part = dict(split="train+unlabeled" if train else "test") if name == "stl10" else dict(train=train)
-        there = (Path(root) / folder).exists()
-        if not there and not create:
-            raise UserError(f"no {folder} in {root}: name its folder by --data")
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                data = make(root, download=not there, **part)
-        except Exception as e:      # torchvision raises many kinds here: RuntimeError, URLError, EOFError, UnpicklingError ...
-            why = f"{type(e).__name__}: {e}".split("\n")[0]
-            if there:
-                raise UserError(f"{Path(root) / folder} is incomplete or corrupt ({why}); remove it to download again") from None
-            raise UserError(f"no {folder} in {root}, and no download ({why}); name its folder by --data, or use --dataset shapes") from None
-        images, labels, classes = torch.as_tensor(data.data), torch.as_tensor(data.labels if name == "stl10" else data.targets).long(), data.classes
-        if name != "stl10":
-            images = images.permute(0, 3, 1, 2).contiguous()
-        if labels.min() < -1 or labels.max() >= len(classes):
-            raise UserError(f"{Path(root) / folder} has labels out of range: {labels.min()} to {labels.max()}")
+        images, labels, classes = load_torchvision(name, root, train, create)
     if train and limit:
         check_limit(limit, name, len(images))
         images, labels = images[:limit], labels[:limit]
     return images, labels, classes
+
+
+def load_torchvision(name: str, root, train: bool, create: bool) -> tuple[Tensor, Tensor, list[str]]:
+    """One of torchvision's data sets, downloaded with `create`. Raises UserError."""
+    make, folder = {"cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py"),
+                    "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python"),
+                    "stl10": (torchvision.datasets.STL10, "stl10_binary")}[name]
+    part = dict(split="train+unlabeled" if train else "test") if name == "stl10" else dict(train=train)
+    there = (Path(root) / folder).exists()
+    if not there and not create:
+        raise UserError(f"no {folder} in {root}: name its folder by --data")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            data = make(root, download=not there, **part)
+    except Exception as e:          # torchvision raises many kinds here: RuntimeError, URLError, EOFError, UnpicklingError ...
+        why = f"{type(e).__name__}: {e}".split("\n")[0]
+        if there:
+            raise UserError(f"{Path(root) / folder} is incomplete or corrupt ({why}); remove it to download again") from None
+        raise UserError(f"no {folder} in {root}, and no download ({why}); name its folder by --data, or use --dataset shapes") from None
+    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.labels if name == "stl10" else data.targets).long()
+    if name != "stl10":
+        images = images.permute(0, 3, 1, 2).contiguous()
+    if labels.min() < -1 or labels.max() >= len(data.classes):
+        raise UserError(f"{Path(root) / folder} has labels out of range: {labels.min()} to {labels.max()}")
+    return images, labels, data.classes
 
 
 def check_limit(limit: int, name: str, M: int) -> None:
@@ -833,7 +839,7 @@ def claim(out: Path, args) -> tuple | None:
                 raise UserError(f"--out {out} holds another run: {'; '.join(differ)}{why}: choose another")
         elif (out / "metrics.jsonl").exists():
             raise UserError(f"--out {out} holds a metrics.jsonl without a checkpoint: choose another")
-    return first_tells(found)
+    return all_tell(found)[0]                                   # the first process knows
 
 
 class Run:
@@ -967,14 +973,8 @@ def read_log(path: Path, count: int) -> list[str]:
 
 
 def as_json(value) -> str:
-    """JSON in one line, floats to six digits after the point; what is not a number is null."""
-    def plain(v):
-        if isinstance(v, dict):
-            return {k: plain(x) for k, x in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [plain(x) for x in v]
-        return v if not isinstance(v, float) else round(v, 6) if math.isfinite(v) else None
-    return json.dumps(plain(value))
+    """JSON in one line, floats to six digits after the point; NaN and infinities are null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None, parse_float=lambda v: round(float(v), 6)))
 
 
 def command() -> str:
@@ -1013,14 +1013,6 @@ def usable(device: str) -> torch.device:
         return x.device
     except Exception as e:
         raise UserError(f"--device {device}: {str(e).splitlines()[0]}") from None
-
-
-def first_tells(value):
-    """What the first process has, in all of them."""
-    values = [value]
-    if RANKS > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
 
 
 def all_tell(value) -> list:
