@@ -422,23 +422,27 @@ def many_table(runs: list, question: dict, taps: bool, raw: bool) -> None:
     methods, start = {}, {}                             # {flags: [(rows, metrics)]}, {what an untrained encoder is: its row}
     for run in runs:
         rows, args = measured(run, question), run.args
-        methods.setdefault(" ".join(f for f in train.flags(args) if not f.startswith("--seed ")), []).append((rows, metrics(run)))
+        methods.setdefault(tuple(f for f in train.flags(args) if not f.startswith("--seed ")), []).append((rows, metrics(run)))
         start[args.encoder, args.dataset, args.image_size, args.limit, args.seed] = rows[-1]
-    common = set.intersection(*(set(split_flags(name)) for name in methods)) if len(methods) > 1 else set()
+        if run.step < args.epochs * (run.images[0] // min(args.batch_size, run.images[0])):
+            note(f"{run.path} is not finished: step {run.step}")
+    common = set.intersection(*map(set, methods)) if len(methods) > 1 else set()
+    def name_of(method):
+        return "`" + (" ".join(flag for flag in method if flag not in common) or "as above") + "`"
     def average(key, rows):
         return cell(key, [row[key] for row in rows if key in row], raw)
     def at(tap, rows):
         return [row for row in rows if row["tap"] == tap]
     lines, keys = [], columns_of(rows[0])
-    for name, members in methods.items() if taps else ():
+    for method, members in methods.items() if taps else ():
         every = [row for rows, _ in members for row in rows]
         for tap in [row["tap"] for row in members[0][0]]:
-            lines.append({"flags": short(name, common), "n": len(members)} | {key: average(key, at(tap, every)) for key in keys})
+            lines.append({"flags": name_of(method), "n": len(members)} | {key: average(key, at(tap, every)) for key in keys})
     if not taps:
         wide = [key for key in keys[3:] if key.startswith(("held_out", "linear", f"knn{question['ks'][-1]}", "rank"))]
         wide = [(key, tap) for key in wide for tap in ("h", "z") if tap == "h" or key.startswith(("linear", "rank"))]
         blocks = [("untrained", [row | {"tap": "h"} for row in start.values()], [{}] * len(start))]
-        blocks += [(short(name, common), [row for rows, _ in members for row in rows], [m for _, m in members]) for name, members in methods.items()]
+        blocks += [(name_of(method), [row for rows, _ in members for row in rows], [m for _, m in members]) for method, members in methods.items()]
         for name, rows, extra in blocks:
             lines.append({"flags": name, "n": len(extra)} | {f"{key} {tap}": average(key, at(tap, rows)) for key, tap in wide}
                          | {key: average(key, extra) for key in ("pruned", "offdiag", "s/epoch")})
@@ -448,15 +452,6 @@ def many_table(runs: list, question: dict, taps: bool, raw: bool) -> None:
         train.say(f"all: {' '.join(sorted(common))}")
     for cells in (columns, ["-" * w for w in widths], *([line[key] for key in columns] for line in lines)):
         show_line(cells, widths)
-
-
-def split_flags(name: str) -> list[str]:
-    return [f"--{flag}".strip() for flag in name.split("--") if flag]
-
-
-def short(name: str, common: set) -> str:
-    rest = " ".join(flag for flag in split_flags(name) if flag not in common)
-    return f"`{rest}`" if rest else "(these)"
 
 
 def metrics(run) -> dict:
