@@ -20,6 +20,7 @@ import functools
 import io
 import json
 import math
+import os
 import statistics
 import sys
 import zlib
@@ -129,7 +130,7 @@ def probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> t
     right, l2, weights, pairs = best
     weights, _ = fit(x, y, l2, weights, pairs, covariance, tolerance=1e-7)
     hits = classes[(test_x @ weights.T).argmax(1)] == test_y
-    return 100 * hits.float().mean().item(), l2, 100 * right.float().mean().item()
+    return 100 * hits.sum().item() / len(hits), l2, 100 * right.sum().item() / len(right)
 
 
 def linear_probe(*data: Tensor) -> tuple[float, float]:
@@ -395,6 +396,8 @@ def cell(key: str, values: list, raw: bool = False) -> str:
         return values[0] if values else ""
     values = [math.nan if v is None else v for v in values]
     form = "{:.0f}" if key in ("dim", "n") else "{:.2f}" if key in ("alignment", "uniformity", "pruned") else "{:.1f}"
+    if key == "dim":
+        values = values[:1]
     if raw or len(values) == 1:
         return " ".join(form.format(v) for v in values)
     return f"{form}±{form}".format(statistics.mean(values), statistics.stdev(values))
@@ -684,7 +687,7 @@ def main() -> None:
         return draw_views(runs[0], args.views, args.data)
     if args.curves:
         return curves([(run.path.resolve().name, epochs(run)) for run in runs], args.curves)
-    question = {"probe": args.probe, "ks": args.k or [20, 200], "dataset": args.dataset, "data": args.data}
+    question = {"probe": args.probe, "ks": args.k or [20, 200], "dataset": args.dataset, "data": args.data and os.path.abspath(args.data)}
     if args.json:
         for run in runs:
             train.say(train.as_json({"run": str(run.path), "step": run.step, "args": vars(run.args), "rows": measured(run, question)}))

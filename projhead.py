@@ -352,7 +352,7 @@ class DirectPred(nn.Module):
     @torch.no_grad()
     def update(self, z: Tensor) -> None:
         z = gather(z)
-        self.F_hat.lerp_(z.T @ z / len(z), 1 - self.rho)
+        self.F_hat.lerp_((z.T @ z / len(z)).to(self.F_hat.dtype), 1 - self.rho)
 
     def forward(self, z: Tensor) -> Tensor:
         p = z @ self.W

@@ -94,7 +94,7 @@ def train_step(x: Tensor, model, theta, phi, args) -> tuple[Tensor, Tensor, Tens
 
 def encode(f: nn.Module, x: Tensor) -> Tensor:
     """h = f(x) in float32. On a GPU the encoder, and nothing else, computes in bfloat16."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+    with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
         h = f(x)
     return h.float() if h.dtype == torch.bfloat16 else h
 
