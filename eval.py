@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What trained runs know, tap by tap: h, the layers inside the head, z and p.
+"""Measure trained runs at each tap: h, the layers inside the head, z and p.
 
     python eval.py                           # the newest run in runs/: a row for each tap
     python eval.py RUN RUN ...               # a row for each method: mean ± standard deviation over runs that differ in the seed alone
@@ -76,7 +76,7 @@ def features(run, images: Tensor, view=None, batch_size: int = 500) -> dict[str,
 
     run: what load_run returned, or a run's folder. view: a function uint8 (N, 3, S, S) -> normalized float32 in place of
     plain normalization. Images of another size than the run's are resized. Taps: h, g[0] ... (layers inside the head), z
-    where there is a head, p where there is a prediction head. Raises RuntimeError if a parameter or buffer moved.
+    where there is a head, p where there is a prediction head. Raises UserError where there is no run, RuntimeError if a parameter or buffer moved.
     """
     run = run if isinstance(run, argparse.Namespace) else load_run(run)
     modules = nn.ModuleList([run.encoder, run.head, run.predictor]).eval()
@@ -103,7 +103,7 @@ def untrained(run) -> argparse.Namespace:
 
 @torch.no_grad()
 def probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> tuple[float, float, float]:
-    """Multinomial logistic regression on frozen features: (accuracy, chosen l2, held-out accuracy of it), in percent.
+    """Multinomial logistic regression on frozen features: (test accuracy in percent, chosen l2, its held-out accuracy in percent).
 
     x: (M, dim), y: int64 (M,). Features are standardized by the training part. Minimizes mean cross-entropy + l2/2
     ||W||^2 (not the bias); l2 is the one of L2 that does best on a held-out fifth of the training part (the stronger of
@@ -134,7 +134,7 @@ def probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> t
 
 
 def linear_probe(*data: Tensor) -> tuple[float, float]:
-    """(accuracy in percent, chosen l2) of probe(train_x, train_y, test_x, test_y)."""
+    """(test accuracy in percent, chosen l2) of probe(train_x, train_y, test_x, test_y). Raises ValueError for fewer than 5 rows."""
     return probe(*data)[:2]
 
 
@@ -282,7 +282,7 @@ def spectrum(h: Tensor) -> list[float]:
 
 def carrying(run, images: Tensor, batches: int = 10) -> float:
     """How many of the D features of h carry 99 % of |dL/dh|^2 in a mini-batch; L is the run's objective. The mean over
-    mini-batches of views as in training; the networks are in eval mode, and the target is a stop-gradient's."""
+    mini-batches of views as in training; the networks are in eval mode, and the target is the stop-gradient one."""
     model, N = train.Model(run.encoder, run.head, run.predictor, None), min(run.args.batch_size, len(images))
     x, counts = train.two_views(images, run.args, range(batches), max(1, len(images) // N), N, next(run.encoder.parameters()).device), []
     for batch in x:

@@ -12,9 +12,10 @@
     4  OffDiagonal, bn_mse                 Wen & Li 2022 (2205.06226)        starts as the identity, only off-diagonal entries train
     5  MLPPredictor, negative_cosine       SimSiam (2011.10566), BYOL (2006.07733)
     6  SliceHead, ReweightHead, TopKHead, DiscreteHead, LinearPredictor, DirectPred       other papers' heads, and a control
+    7  effective_rank, alignment, uniformity, ...      RankMe (2210.02885), Wang & Isola (2005.10242)      measures
 
 Each docstring names its source: [paper] the paper states it, [code] a constant or formula of released code, [reading]
-our choice where the sources that we had are silent. Nothing here reads a file or knows a data set.
+our choice where the sources that we had are silent. "Needs" names what else to copy with a class or function.
 """
 import torch
 import torch.distributed as dist
@@ -26,11 +27,10 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------- 1  SimCLR
 
 class ConvNet(nn.Sequential):
-    """A small encoder that trains in minutes on a CPU: (N, 3, H, W) -> (N, 128). [reading]
+    """A small encoder that trains in minutes on a CPU: (N, 3, H, W) -> (N, 128), H and W at least 8. [reading]
 
-    Each stage is convolution, pooling, BatchNorm, ReLU; pooling before BatchNorm leaves a quarter of the work.
+    A stage is convolution, pooling (not in the last), BatchNorm, ReLU. Pooling first leaves BatchNorm a quarter of the work.
     """
-    dim = 128
 
     def __init__(self, widths=(16, 32, 64, 128)):
         layers, width = [], 3
@@ -40,13 +40,15 @@ class ConvNet(nn.Sequential):
             layers += [nn.BatchNorm2d(w), nn.ReLU(inplace=True)]
             width = w
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.dim = width
 
 
 def encoder(arch: str = "resnet18", image_size: int = 32) -> nn.Module:
-    """The encoder f: (N, 3, image_size, image_size) -> (N, encoder.dim), without a classifier.
+    """The encoder f, without a classifier: (N, 3, S, S) -> (N, f.dim), S = image_size.
 
     arch is a key of ENCODERS; ValueError for another. The ResNets are torchvision's, with its parameter names. For CIFAR,
-    SimCLR has a first convolution of 3x3, stride 1, and no max-pool [paper]; we take that stem up to 64 px [reading].
+    SimCLR (appendix B.9) has a first convolution of 3x3, stride 1, and no max-pool [paper]; we take that stem up to 64 px
+    [reading]. Needs ENCODERS, ConvNet.
     """
     if arch not in ENCODERS:
         raise ValueError(f"unknown encoder {arch!r}: choose from {', '.join(ENCODERS)}")
@@ -76,13 +78,16 @@ class LinearHead(nn.Sequential):
 
 
 class MLP(nn.Sequential):
-    """z = W2 relu(W1 h): (N, D) -> (N, d). SimCLR's head with one hidden layer [paper].
+    """z = W2 relu(W1 h), with biases: (N, D) -> (N, d). SimCLR's head with one hidden layer [paper].
 
     hidden is 2 D unless given [reading], and d is 128: for ResNet-18 this is the 512-1024-128 of simclr-cifar10 [code].
     depth is the number of linear layers, with a ReLU between any two: Gupta et al. study the head's layers [paper].
+    Raises ValueError for depth < 1.
     """
 
     def __init__(self, D: int, d: int = 128, hidden: int | None = None, depth: int = 2):
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, not {depth}")
         widths = [D] + [hidden or 2 * D] * (depth - 1) + [d]
         layers = []
         for i in range(depth):
@@ -94,8 +99,9 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.5) -> Tensor:
     """InfoNCE as in SimCLR: -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) ), mean over the 2N anchors i. [paper]
 
     z1, z2: (N, d), row n of both from the same image. s is cosine similarity; j is the other view of i's image. Each anchor
-    has 2N - 1 candidates: the pair (i, i) is masked, not subtracted. Returns a scalar >= 0, in float32 or better; call it
-    outside autocast. Under torch.distributed an anchor's candidates are those of all processes (it needs `gather`).
+    has 2N - 1 candidates: the pair (i, i) is masked, not subtracted. Under torch.distributed the candidates are those of
+    all processes, and N must be the same in each. tau > 0; 0.5 is simclr-cifar10's [code]. Returns a scalar >= 0, in
+    float32 or better; call it outside autocast. Needs gather, distributed, _float32.
     """
     N, rank = len(z1), dist.get_rank() if distributed() else 0
     z = F.normalize(_float32(torch.cat([z1, z2])), dim=1)           # 2N x d
@@ -112,14 +118,15 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int) -> Tensor:
 
         min over theta of L(theta, phi*(theta)),   phi*(theta) = argmin over phi of L(theta, phi)
 
-    loss_fn() computes L from detached h, and optimizer holds phi alone, so the encoder stays as it is. Then one step
-    on theta follows, with phi held fixed. Returns the loss that the last inner step started from (a detached scalar).
-    Raises ValueError for steps < 1.
+    loss_fn() computes L from detached h, and optimizer holds phi alone, so the encoder stays as it is. The caller then
+    makes one step on theta, with phi held fixed. Returns the loss that the last inner step started from (a detached
+    scalar). Raises ValueError for steps < 1.
 
-    The paper makes the head a component of InfoNCE and derives another optimization from that [paper]. The bilevel form,
-    warm-started gradient steps on the same batch, and their number are ours [reading]. With InfoNCE both levels minimize the
-    same L, so dL/dphi = 0 at phi* and dL(theta, phi*(theta))/dtheta = dL/dtheta (the envelope theorem): no implicit
-    differentiation is needed. Behind a stop-gradient there is no such L, and the inner steps are a heuristic.
+    The paper makes the head a component of InfoNCE and derives another optimization from that [paper]; readers restate that
+    this leads to a bilevel form. The equation above is ours, and so are gradient steps, their number, warm start, the same
+    batch [reading]. With InfoNCE both levels minimize the same L. So dL/dphi = 0 at phi*, and dL(theta, phi*(theta))/dtheta
+    = dL/dtheta there (the envelope theorem): no implicit differentiation is needed. After a few steps phi is only near phi*,
+    and the step on theta is an approximation. Behind a stop-gradient there is no such L, and the inner steps are a heuristic.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
@@ -134,21 +141,25 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int) -> Tensor:
 # ---------------------------------------------------------------------------- 3  Song et al. 2023
 
 class SparseHead(MLP):
-    """An MLP with a regularizer that constrains its sparsity: (N, D) -> (N, d), L = L_ssl + lambda * head.penalty(). [paper]
+    """An MLP head, (N, D) -> (N, d), with a regularization term that constrains its sparsity [paper]:
 
-    The paper's regularizer can be added to any SSL method [paper]: `sparsity` is the same for any other head. Its form is
-    not known to us. Ours is a norm of the first layer's weight W1 (hidden, D), by default one that removes input features
-    [reading]: the paper assumes that only a subset of the features is needed to minimize a mini-batch's loss [paper].
+        L = L_ssl + lambda * head.penalty()  [reading]
+
+    In the paper SparseHead is the term alone, and it can be added to any SSL method [paper]: `sparsity` does that for any
+    head. Its form is not known to us. Ours is a norm of the first layer's weight (out, D). The default pushes whole columns,
+    one for each input feature, towards zero [reading]: the paper assumes that only a subset of features is needed to
+    minimize a mini-batch's loss [paper]. Needs MLP, NORMS.
     """
 
     def penalty(self, norm: str = "l21") -> Tensor:
+        """R(W) of the first layer, a scalar >= 0; norm is a key of NORMS. [reading]"""
         return NORMS[norm](self[0].weight)
 
 
 def sparsity(head: nn.Module, norm: str = "l21") -> Tensor:
-    """R(W), a scalar >= 0, of the head's first linear layer W (out, in); norm is a key of NORMS.
+    """R(W), a scalar >= 0, of the first linear layer W (out, in) of any head; norm is a key of NORMS. [reading]
 
-    Raises ValueError for another norm, or where the head has no linear layer.
+    Raises ValueError for another norm, or where the head has no linear layer. Needs NORMS, first_weight.
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
@@ -156,26 +167,27 @@ def sparsity(head: nn.Module, norm: str = "l21") -> Tensor:
 
 
 def l21(W: Tensor) -> Tensor:
-    """sum_i ||W_:,i|| / ||W||_F over input features i: from 1 to sqrt(in), whatever the scale of W. [reading]
+    """sum_i ||W_:,i|| / ||W||_F over input features i: W (out, in) -> 1 to sqrt(in), NaN where W is 0. [reading]
 
-    Without the division, where a normalization follows the head, shrinking all of W lowers the penalty and removes nothing.
+    The division makes it free of W's scale. Without it shrinking all of W lowers the penalty, which costs nothing where a
+    normalization follows, and prunes nothing.
     """
-    return l21_plain(W) / W.norm()
+    return W.norm(dim=0).sum() / W.norm()
+
+
+def l21_out(W: Tensor) -> Tensor:
+    """sum_j ||W_j,:|| / ||W||_F over output units j: W (out, in) -> 1 to sqrt(out), NaN where W is 0. [reading]"""
+    return W.norm(dim=1).sum() / W.norm()
+
+
+def l1(W: Tensor) -> Tensor:
+    """sum_ij |W_ij| / ||W||_F over single weights: W (out, in) -> 1 to sqrt(in * out), NaN where W is 0. [reading]"""
+    return W.abs().sum() / W.norm()
 
 
 def l21_plain(W: Tensor) -> Tensor:
     """sum_i ||W_:,i|| over input features i: group lasso. [reading]"""
     return W.norm(dim=0).sum()
-
-
-def l21_out(W: Tensor) -> Tensor:
-    """sum_j ||W_j,:|| / ||W||_F over output units j: from 1 to sqrt(out). [reading]"""
-    return W.norm(dim=1).sum() / W.norm()
-
-
-def l1(W: Tensor) -> Tensor:
-    """sum_ij |W_ij| / ||W||_F over single weights: from 1 to sqrt(in * out). [reading]"""
-    return l1_plain(W) / W.norm()
 
 
 def l1_plain(W: Tensor) -> Tensor:
@@ -192,7 +204,9 @@ def first_weight(head: nn.Module) -> Tensor:
 
 
 def fraction_pruned(head: nn.Module) -> float:
-    """The fraction, 0 to 1, of input features whose column of the first layer is below 1e-3 of the largest. [reading]"""
+    """The fraction, 0 to 1, of input features whose column of the first layer is below 1e-3 of the largest. [reading]
+
+    Raises ValueError where there is no linear layer. Needs first_weight."""
     columns = first_weight(head).detach().norm(dim=0)
     return (columns < 1e-3 * columns.max()).float().mean().item()
 
@@ -200,8 +214,8 @@ def fraction_pruned(head: nn.Module) -> float:
 # ---------------------------------------------------------------------------- 4  Wen & Li 2022
 
 class OffDiagonal(nn.Module):
-    """p = z + z (A * (1 - I))^T: (N, d) -> (N, d). A linear prediction head that starts as the identity, A = 0, and
-    trains its off-diagonal entries only. [paper]
+    """p = z + z (A * (1 - I))^T: (N, d) -> (N, d). An identity-initialized linear prediction head, A = 0, with only its
+    off-diagonal entries trainable. [paper]
 
     The diagonal is 1 by construction, whatever the optimizer does to A. Train A without weight decay, which would bring
     the head back to the identity by itself [reading]. In the paper's simple setting the learning rate of A is at most
@@ -223,10 +237,10 @@ class OffDiagonal(nn.Module):
 
 
 def bn_mse(p: Tensor, z: Tensor) -> Tensor:
-    """||BN(p) - stopgrad BN(z)||^2 / d, mean over the batch: the output normalization of Wen & Li. [paper]
+    """||BN(p) - stopgrad BN(z)||^2 / d, mean over the batch: Wen & Li's loss with output normalization [paper]; 1/d [reading].
 
-    p, z: (N, d). BN is BatchNorm over the rows, without affine parameters; under torch.distributed over those of all
-    processes (it needs `gather`). The 1/d is ours [reading]: the value is 2 - 2 * (mean correlation), for any d.
+    p (N, d) is of one view, z (N, d) of the other. BN is BatchNorm over the rows of all processes, without affine parameters.
+    The value is about 2 - 2 * (mean correlation), 0 to 4, for any d. Raises ValueError for N = 1. Needs gather, _float32.
     """
     def bn(a):
         return F.batch_norm(gather(_float32(a)), None, None, training=True)
@@ -238,7 +252,8 @@ def bn_mse(p: Tensor, z: Tensor) -> Tensor:
 class MLPPredictor(nn.Sequential):
     """p = W2 relu(BN(W1 z)): (N, d) -> (N, d), the form of SimSiam's and BYOL's predictor. [paper]
 
-    The hidden width is d/4, as SimSiam's 512 of 2048 [paper]; BYOL's is wider than z, 4096 for 256 [paper].
+    The hidden width is d/4, as SimSiam's 512 of 2048 [paper]; BYOL's is wider than z, 4096 for 256 [paper]. Raises ValueError
+    for N = 1 in training.
     """
 
     def __init__(self, d: int):
@@ -251,7 +266,9 @@ class MLPPredictor(nn.Sequential):
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """-cos(p, stopgrad(z)), mean over the batch: p, z (N, d); from -1 to 1. SimSiam; BYOL's is 2 + 2 times it. [paper]"""
+    """-cos(p, stopgrad(z)), mean over the batch: SimSiam's loss [paper]. p (N, d) is of one view, z (N, d) of the other; -1 to 1.
+
+    Needs _float32."""
     return -F.cosine_similarity(_float32(p), _float32(z.detach()), dim=1).mean()
 
 
@@ -303,11 +320,11 @@ class TopKHead(nn.Sequential):
 
 
 class DiscreteHead(nn.Sequential):
-    """z = tanh(BN(W2 relu(W1 h))), rounded to L levels: (N, D) -> (N, d), Ouyang et al. (2503.00507). [code]
+    """z = tanh(BN(W2 relu(W1 h))), rounded to L levels: (N, D) -> (N, d). Ouyang et al. (2503.00507) [code], but for the BN.
 
     The gradient passes straight through the rounding. Levels are 1 / (L // 2) apart, from -1 to 1 for odd L; an even L
     lacks the topmost [reading]. The BatchNorm is ours, since a fresh MLP's outputs would all round to one level; so are
-    L = 5 and the widths, those of MLP [reading]. Raises ValueError for levels < 2.
+    L = 5 and the widths, those of MLP [reading]. Raises ValueError for levels < 2, and for N = 1 in training.
     """
 
     def __init__(self, D: int, d: int = 128, hidden: int | None = None, levels: int = 5):
@@ -334,7 +351,7 @@ class DirectPred(nn.Module):
 
     Not trained: s, U are the eigenpairs of F_hat, which after each step becomes rho F_hat + (1 - rho) E[z z^T]; rho 0.3, eps
     0.01 [code]. The update is made in forward, in training mode, after p (so in each inner step as well); E is the mean
-    over both views, not centred; F_hat = 0, hence W = (1 + eps) I, at the start [reading].
+    over both views, not centred; F_hat = 0, hence W = (1 + eps) I, at the start [reading]. Needs gather.
     """
 
     def __init__(self, d: int, rho: float = 0.3, eps: float = 0.01):
@@ -372,7 +389,7 @@ def effective_rank(h: Tensor) -> float:
 
 
 def spread(z: Tensor) -> float:
-    """The standard deviation of the unit rows of z (M, d), summed over coordinates: 0 is collapsed, 1 at most. [reading]"""
+    """sqrt(mean ||u||^2 - ||mean u||^2) of the unit rows u of z (M, d): 0 where all point one way, 1 where they cancel. [reading]"""
     z = F.normalize(z.double(), dim=1)
     return (z.square().sum(dim=1).mean() - z.mean(dim=0).square().sum()).clamp(min=0).sqrt().item()
 
@@ -399,10 +416,8 @@ def features_holding(energy: Tensor, fraction: float = 0.99) -> int:
 
 
 def seen(h: Tensor, W: Tensor, fraction: float = 0.99) -> float:
-    """The fraction of the variance of h (M, D) that a layer W (out, D) looks at: 0 to 1, NaN where h is constant. [reading]
-
-    It is that in the span of the fewest right singular vectors of W which hold `fraction` of ||W||_F^2.
-    """
+    """The fraction of the variance of h (M, D) in the span of the top right singular vectors of W (out, D), as few as hold
+    `fraction` of ||W||_F^2: 0 to 1, NaN where h is constant. [reading] Needs features_holding."""
     _, s, V = torch.linalg.svd(W.double(), full_matrices=False)
     h = h.double() - h.double().mean(dim=0)
     return ((h @ V[:features_holding(s.square(), fraction)].T).square().sum() / h.square().sum()).item()
@@ -415,10 +430,10 @@ def distributed() -> bool:
 
 
 def gather(z: Tensor) -> Tensor:
-    """(N, d) -> (N * processes, d): the rows of all processes under torch.distributed, z itself without.
+    """(N, d) -> (N * processes, d): the rows of all processes under torch.distributed, z itself without; the same N in each.
 
     The gradient flows back to the process of each row, summed over processes: if each process's loss is the mean over
-    its own rows, or the loss of all rows, the mean of the processes' gradients is the whole batch's gradient.
+    its own rows, or the loss of all rows, the mean of the processes' gradients is the whole batch's gradient. Needs _Gather.
     """
     return _Gather.apply(z) if distributed() else z
 
@@ -453,7 +468,7 @@ HEADS: dict[str, type] = {
     "none": NoHead,
     "linear": LinearHead,
     "mlp": MLP,
-    "parametric": MLP,           # the same network, fitted by fit_head
+    "parametric": MLP,           # the same network; train.py then calls fit_head
     "sparse": SparseHead,
     "slice": SliceHead,
     "reweight": ReweightHead,

@@ -6,7 +6,7 @@
     python train.py --head sparse --dataset cifar10 --encoder convnet --epochs 10        # minutes on a CPU
     python train.py --predictor offdiag --dataset cifar10    # Wen & Li's prediction head, a non-contrastive loss
     python train.py --predictor mlp --target ema --dataset cifar10        # in BYOL's style; --target stopgrad: SimSiam's
-    torchrun --nproc-per-node 8 train.py --dataset cifar10   # many GPUs: the same run up to rounding, faster
+    torchrun --nproc-per-node 8 train.py --dataset cifar10   # many GPUs: the same run up to rounding
 
 A run is a folder, runs/NAME: checkpoint.pt and metrics.jsonl, whose keys README.md explains. The same command
 continues an interrupted run. Then: python eval.py.
@@ -63,27 +63,29 @@ def objective(h: Tensor, t: Tensor | None, model, args) -> Tensor:
         loss = loss_fn(z1, z2)                          # InfoNCE
     else:
         p1, p2 = model.q(z).chunk(2)
-        t1, t2 = (z if t is None else t).detach().chunk(2)
-        loss = (loss_fn(p1, t2) + loss_fn(p2, t1)) / 2  # both ways round [reading]
-    if args.sparsity:                                   # Song et al.
+        t1, t2 = (z if t is None else t).detach().chunk(2)              # stop-gradient
+        loss = (loss_fn(p1, t2) + loss_fn(p2, t1)) / 2  # each view is the target once; for Wen & Li [reading]
+    if args.sparsity:                                   # Song et al.: + lambda R(W), as SparseHead.penalty
         loss = loss + args.sparsity * sparsity(model.g, args.sparsity_norm)
     return loss
 
 
 def train_step(x: Tensor, model, theta, phi, args) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One step on the views x (2N, 3, S, S). Returns h (2N, D), the loss, and the last inner step's loss or None.
+    """One step on x (2N, 3, S, S), the first views of N images and then the second. Returns h (2N, D) and the loss,
+    detached, and the loss that the last inner step started from, or None.
 
-    theta and phi are the optimizers of the encoder's parameters and of the heads'. Both views pass in one batch, so a
-    BatchNorm sees both, where SimSiam and BYOL run one after the other.
+    model is Model(f, g, q, target) of `build`; theta and phi are the optimizers of f's parameters, and of those of g and q.
+    `train` sets their learning rates. Both views pass in one batch, so every BatchNorm sees both [reading].
     """
     h = encode(model.f, x)                              # 2N x D, once; heads and losses run in float32
     t = inner = None
-    if model.target:                                    # BYOL's slow copy of f and g
+    if model.target:                                    # BYOL's slow copy of f and g, which `follow` updates
+        slow_f, slow_g = model.target
         with torch.no_grad():
-            t = model.target[1](encode(model.target[0], x))             # 2N x d
+            t = slow_g(encode(slow_f, x))               # 2N x d
     if args.inner_steps:                                # Gupta et al.: phi alone, with h held fixed
         inner = fit_head(lambda: objective(h.detach(), t, model, args), phi, args.inner_steps)
-    theta.zero_grad(), phi.zero_grad()
+    theta.zero_grad(), phi.zero_grad()                  # the inner steps left gradients in phi
     loss = objective(h, t, model, args)
     loss.backward()
     theta.step()
@@ -100,7 +102,7 @@ def encode(f: nn.Module, x: Tensor) -> Tensor:
 
 
 def train(args) -> None:
-    """The whole run of these arguments. Raises UserError; on SIGINT or SIGTERM it finishes the step, saves and raises
+    """Train one run from start to end. Raises UserError; on SIGINT or SIGTERM it finishes the step, saves and raises
     SystemExit(130 or 143)."""
     device, out = join(args), Path(args.out)
     with locked(out):
@@ -119,7 +121,7 @@ def train(args) -> None:
                 for group in theta.param_groups + phi.param_groups:
                     group["lr"] = lr * group["scale"]
                 h, loss, inner = train_step(x, model, theta, phi, args)
-                if model.target:
+                if model.target:                        # from --ema at the start to 1 at the end
                     follow(model, 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / total)) / 2)
                 run.after(step, lr, h, loss, inner, first_signal(caught))
         run.finish()
@@ -153,7 +155,8 @@ def number(kind, low, high=math.inf):
 def parser() -> Parser:
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     fraction, width = number(float, 0, 1), number(int, 1, 2**14)
-    p.add_argument("--head", choices=HEADS, help="projection head (default: parametric; with a prediction head: mlp)")
+    p.add_argument("--head", choices=HEADS, help="projection head; parametric is an mlp with --inner-steps 2, sparse one with "
+                   "--sparsity 0.1 (default: parametric; with a prediction head: mlp)")
     p.add_argument("--depth", type=number(int, 1, 16), help="linear layers of an mlp, parametric or sparse head (default: 2)")
     p.add_argument("--predictor", choices=["none", *PREDICTORS], default="none",
                    help="prediction head; none: the loss is contrastive; identity: p = z (default: none)")
@@ -167,7 +170,7 @@ def parser() -> Parser:
     p.add_argument("--predictor-lr", type=number(float, 0), help="the prediction head's, likewise (default: 1; offdiag: 10)")
     p.add_argument("--projector-bn", choices=["yes", "no"],
                    help="end g in a BatchNorm without affine (default: yes with a prediction head, unless --loss bn)")
-    p.add_argument("--sparsity", type=number(float, 0), metavar="LAMBDA", help="weight of the sparsity penalty; 0: off (default: 0; --head sparse: 0.5)")
+    p.add_argument("--sparsity", type=number(float, 0), metavar="LAMBDA", help="weight of the sparsity penalty; 0: off (default: 0; --head sparse: 0.1)")
     p.add_argument("--sparsity-norm", choices=NORMS, help="its norm; the functions are in projhead.py (default: l21)")
     p.add_argument("--dim", type=width, help="width of z (default: 128; --head slice: 360/2048 of h)")
     p.add_argument("--hidden", type=width, help="hidden width of the head (default: twice that of h)")
@@ -196,7 +199,7 @@ def defaults(args) -> dict:
     """What a flag is where it is not given; some follow from those above them.
 
     Learning rate, momentum, weight decay, batch, temperature and grayscale are those of simclr-cifar10 for 100 epochs
-    [code]; the rest, and all that depends on a head, is ours [reading], chosen by what README.md reports.
+    [code]; the rest is ours [reading]. README.md reports what was tried.
     """
     paired, shapes, small = args.predictor != "none", args.dataset == "shapes", args.encoder == "convnet"
     return dict(
@@ -210,7 +213,7 @@ def defaults(args) -> dict:
         predictor_lr=(10.0 if args.predictor == "offdiag" else 1.0) if trainable(PREDICTORS, args.predictor) else None,
         inner_steps=2 if args.head == "parametric" else 0,
         projector_bn="yes" if paired and args.loss != "bn" else "no",
-        sparsity=0.5 if args.head == "sparse" else 0.0,
+        sparsity=0.1 if args.head == "sparse" else 0.0,
         sparsity_norm="l21" if args.sparsity else None,
         dim=128 if trainable(HEADS, args.head) else None,
         hidden=None,
@@ -540,7 +543,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, of e
 
 
 def augment(images: Tensor, generator: torch.Generator, crop_scale=0.2, hue=0.1, grayscale=0.1, rank=0, ranks=1) -> Tensor:
-    """One random view per image by SimCLR's augmentation: uint8 (N, 3, S, S) -> normalized float32 (N, 3, S, S).
+    """One random view per image in SimCLR's manner: uint8 (N, 3, S, S) -> normalized float32 (N, 3, S, S).
 
     Crop of crop_scale to 1 of the area, resized back; flip; with probability 0.8 brightness, contrast and saturation
     by a factor in 0.6 to 1.4 and a hue shift up to +-hue turns; gray with probability grayscale; above 64 px a
@@ -802,21 +805,23 @@ def locked(out: Path):
     if RANK:
         yield
         return
-    made = [p for p in (out, *out.parents) if not p.exists()]
+    made, folder = [], None
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as e:
-        raise UserError(f"--out {out}: {e.strerror}") from None
-    try:
+        try:
+            made = [p for p in (out, *out.parents) if not p.exists()]
+            out.mkdir(parents=True, exist_ok=True)
+            folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as e:
+            raise UserError(f"--out {out}: {e.strerror}") from None
         with exclusive(folder):
             yield
     except BlockingIOError:
         raise UserError(f"--out {out}: another process is training there") from None
     finally:
-        os.close(folder)
-        with contextlib.suppress(OSError):
-            for p in made:
+        if folder is not None:
+            os.close(folder)
+        for p in made:
+            with contextlib.suppress(OSError):
                 p.rmdir()
 
 
