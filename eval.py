@@ -90,7 +90,10 @@ def features(run, images: Tensor, view=None, batch_size: int = 500) -> dict[str,
         parts.append(taps(run, x))
     if any(not torch.equal(v, before[k]) for k, v in modules.state_dict().items()):
         raise RuntimeError("the frozen networks moved during evaluation")
-    return {tap: torch.cat([part[tap] for part in parts]) for tap in parts[0]}
+    found = {tap: torch.cat([part[tap] for part in parts]) for tap in parts[0]}
+    if not all(x.isfinite().all() for x in found.values()):
+        raise UserError("the features of the run are not finite")
+    return found
 
 
 def untrained(run) -> argparse.Namespace:
@@ -370,12 +373,14 @@ def measured(run, question: dict, show=lambda row: None) -> list[dict]:
     if file.is_file() and not file.is_symlink() and file.stat().st_size < 2**20:
         try:
             kept = json.loads(file.read_text())
-            results = kept["results"] if kept["checkpoint"] == crc else {}
-            for row in results.get(key, []):
-                show({column: math.nan if v is None else v for column, v in row.items()})
-            if key in results:
-                return results[key]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            results = dict(kept["results"]) if kept["checkpoint"] == crc else {}
+            rows = [{str(column): math.nan if v is None else v for column, v in row.items()} for row in results.get(key, [])]
+            if rows and all({"tap", "layer", "dim"} <= row.keys() and type(row["tap"]) is str and
+                            all(isinstance(v, (str, int, float)) for k, v in row.items() if k != "spectrum") for row in rows):
+                for row in rows:
+                    show(row)
+                return rows
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             results = {}                                # not ours: measured anew
     where = question["dataset"], question["data"]
     rows = table(run, question["ks"], *where, show) if question["probe"] == "labels" else transform_table(run, *where, show)
@@ -400,7 +405,8 @@ def cell(key: str, values: list, raw: bool = False) -> str:
         values = values[:1]
     if raw or len(values) == 1:
         return " ".join(form.format(v) for v in values)
-    return f"{form}±{form}".format(statistics.mean(values), statistics.stdev(values))
+    known = all(map(math.isfinite, values))             # Python 3.11's stdev fails on NaN
+    return f"{form}±{form}".format(statistics.mean(values), statistics.stdev(values) if known else math.nan)
 
 
 def columns_of(row: dict) -> list[str]:
@@ -471,7 +477,7 @@ def epochs(run) -> list[dict]:
     for text in train.read_log(run.path / "metrics.jsonl", 1 + run.args.epochs)[1:]:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         lines += [line] * (isinstance(line, dict) and "epoch" in line)
     return lines

@@ -28,6 +28,7 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -180,7 +181,7 @@ def parser() -> Parser:
                    "else DIR, a fifth of which is kept for testing; subfolders are classes")
     p.add_argument("--limit", type=number(int, 2), metavar="N", help="only the first N training images (default: all)")
     p.add_argument("--image-size", type=number(int, 8, 512), help="a folder's images are resized and cropped to this (default: 64)")
-    p.add_argument("--epochs", type=number(int, 1), help="(default: 100; convnet 20; shapes with convnet 12)")
+    p.add_argument("--epochs", type=number(int, 1, 10**6), help="(default: 100; convnet 20; shapes with convnet 12)")
     p.add_argument("--batch-size", type=number(int, 2), help="images a step, two views each (default: 512; convnet: 256)")
     p.add_argument("--lr", type=number(float, 0), help="the encoder's peak learning rate for 256 images a step, scaled with the batch (default: 0.06)")
     p.add_argument("--momentum", type=number(float, 0, 0.9999), help="(default: 0.9)")
@@ -356,13 +357,14 @@ def load_folder(root: Path, train: bool, size: int, limit: int | None, create: b
         raise UserError(f"no folder {root}: name one of images by --data, or use --dataset shapes")
     parts = {d.name.lower(): d for d in root.iterdir() if d.is_dir()}
     test = next((parts[name] for name in ("test", "val", "valid", "validation") if name in parts), None)
-    bases = [parts["train"], test] if test and "train" in parts else [root, root]
+    root = parts.get("train", root)
+    bases = [root, test] if test and "train" in parts else [root, root]
     found = []                                          # [(path, its class's name or None)] of either part
     for base, training in zip(bases, (True, False)):
-        paths = [f for f in base.rglob("*") if f.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS and f.is_file()]
+        paths = list(image_files(base))
         crc = {f: zlib.crc32(str(f.relative_to(base)).encode(errors="replace")) for f in paths}
         paths.sort(key=lambda f: (crc[f], f))           # mixed, so that the first N are of all classes
-        if base is root:                                # an image does not change sides when others come or go
+        if bases[0] is bases[1]:                        # an image does not change sides when others come or go
             paths = [f for f in paths if (crc[f] // 7 % 5 == 0) != training]
         found.append([(f, f.relative_to(base).parts[0] if f.parent != base else None) for f in paths])
     classes = sorted({name for _, name in found[0] if name is not None})
@@ -381,6 +383,20 @@ def load_folder(root: Path, train: bool, size: int, limit: int | None, create: b
     return images, labels[readable], classes
 
 
+def image_files(base: Path):
+    """The files below base that have an image's name, also behind links; a folder is entered once."""
+    entered = set()
+    for folder, subfolders, names in os.walk(base, followlinks=True):
+        at = os.stat(folder)
+        if (at.st_dev, at.st_ino) in entered:
+            subfolders.clear()
+            continue
+        entered.add((at.st_dev, at.st_ino))
+        subfolders.sort()
+        files = (Path(folder, name) for name in names if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS))
+        yield from (f for f in files if f.is_file())
+
+
 def decoded(paths: list[Path], base: Path, size: int, create: bool) -> tuple[Tensor, Tensor]:
     """(images uint8 (M, 3, size, size), which of the paths could be read: bool (len(paths),)), mapped from a file in CACHE.
 
@@ -392,7 +408,11 @@ def decoded(paths: list[Path], base: Path, size: int, create: bool) -> tuple[Ten
     def parts(whole):
         return whole[len(paths):].view(-1, 3, size, size), whole[:len(paths)].bool()
     def mapped():
-        return parts(torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8))
+        whole = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
+        if len(whole) != len(paths) + int(whole[:len(paths)].sum()) * 3 * size**2:
+            file.unlink()                               # it was cut short: made anew next time
+            raise UserError(f"{file} was damaged and has been removed: start again")
+        return parts(whole)
     if file.is_file():
         return mapped()
     if not create:
@@ -407,8 +427,11 @@ def decoded(paths: list[Path], base: Path, size: int, create: bool) -> tuple[Ten
                 decode(paths, size, f)
                 f.flush()
                 os.replace(temporary, file)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
+    except (OSError, UserError) as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(e, UserError):
+            raise
         raise UserError(f"cannot keep the decoded images in {CACHE}: {e.strerror}; set XDG_CACHE_HOME to a folder with more room") from None
     return mapped()
 
@@ -707,7 +730,7 @@ def tensors(model: Model, theta=None, phi=None) -> dict[str, dict[str, Tensor]]:
 
 # ---------------------------------------------------------------------------- a run's files
 
-OURS = ("checkpoint.pt", "metrics.jsonl", "eval.json")
+OURS = r"checkpoint\.pt|metrics\.jsonl|eval\.json"            # the files of a run; each is first written as .NAME.HEX.tmp
 
 
 def write(path: Path, data) -> None:
@@ -769,8 +792,10 @@ def load(path: Path) -> tuple[argparse.Namespace, int, list, dict]:
 def checked(saved: dict) -> argparse.Namespace:
     """A checkpoint's arguments, if they are what their own flags give. Raises ValueError, UserError or others."""
     args = parse_args([])
-    if saved.keys() != vars(args).keys() or any(type(saved[k]) not in (str, type(None)) for k in PLACES):
+    if saved.keys() != vars(args).keys() or any(type(v) not in (str, int, float, type(None)) for v in saved.values()):
         raise ValueError("other flags")
+    if any(type(saved[k]) is not str for k in PLACES if k != "data" or saved["dataset"] != "shapes"):
+        raise ValueError("places")
     words = [word for flag in flags(argparse.Namespace(**saved)) for word in flag.split(" ", 1)]
     args = parse_args(words)
     if any(repr(saved[k]) != repr(v) for k, v in vars(args).items() if k not in PLACES):
@@ -829,12 +854,10 @@ def claim(out: Path, args) -> tuple | None:
     """What `load` reads of a run that is to be continued, None for a new one. Raises UserError if `out` holds anything else."""
     found = None
     if RANK == 0:
-        for entry in os.scandir(out):
-            ours = entry.name in OURS or entry.name.startswith(".") and entry.name.endswith(".tmp")
-            if not ours or not entry.is_file(follow_symlinks=False):
+        entries = list(os.scandir(out))
+        for entry in entries:
+            if not re.fullmatch(rf"{OURS}|\.({OURS})\.[0-9a-f]{{16}}\.tmp", entry.name) or not entry.is_file(follow_symlinks=False):
                 raise UserError(f"--out {out} holds {entry.name}, which no run of ours does: choose another")
-            if entry.name.endswith(".tmp"):
-                os.unlink(entry)                                # of a process that was killed
         if (out / "checkpoint.pt").exists():
             found = load(out / "checkpoint.pt")
             old = vars(found[0])
@@ -844,6 +867,9 @@ def claim(out: Path, args) -> tuple | None:
                 raise UserError(f"--out {out} holds another run: {'; '.join(differ)}{why}: choose another")
         elif (out / "metrics.jsonl").exists():
             raise UserError(f"--out {out} holds a metrics.jsonl without a checkpoint: choose another")
+        for entry in entries:
+            if entry.name.endswith(".tmp"):
+                os.unlink(entry)                                # of a process that was killed
     return all_tell(found)[0]                                   # the first process knows
 
 
@@ -925,6 +951,8 @@ class Run:
     def end_epoch(self, epoch: int, step: int, lr: float, h: Tensor, eta: float) -> None:
         """Measure the last batch, add a line to metrics.jsonl and print it."""
         args, (f, g, q, _) = self.args, self.model
+        if not h.isfinite().all():
+            raise everywhere(self.diverged("h is not finite", step, lr))
         with torch.no_grad():
             z = g.eval()(h)
             g.train()
