@@ -452,6 +452,33 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """torch's, which trains on GPUs only, and the same on a CPU: statistics over the whole batch, of all processes."""
+
+    def forward(self, x):
+        if x.is_cuda or not self.training:
+            return super().forward(x)
+        dims, shape, M = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2), dist.get_world_size() * x.numel() / x.shape[1]
+        mean = gather(x.mean(dims)[None]).mean(0)
+        x = x - mean.view(shape)
+        var = gather(x.square().mean(dims)[None]).mean(0)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum), self.running_var.lerp_(var * M / (M - 1), self.momentum)
+            self.num_batches_tracked.add_(1)
+        x = x * (var + self.eps).rsqrt().view(shape)
+        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+
+
+def synchronized(module: nn.Module) -> nn.Module:
+    """The module, under torch.distributed with each BatchNorm a SyncBatchNorm; the same parameters and names. Needs SyncBatchNorm."""
+    if distributed():
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        for m in module.modules():
+            if isinstance(m, nn.SyncBatchNorm):
+                m.__class__ = SyncBatchNorm
+    return module
+
+
 def _float32(z: Tensor) -> Tensor:
     return z.to(torch.promote_types(z.dtype, torch.float32))
 

@@ -686,7 +686,7 @@ def build(args, device="cpu") -> Model:
     if args.projector_bn == "yes":
         g = nn.Sequential(g, nn.BatchNorm1d(d, affine=False))
     q = nn.Identity() if args.predictor == "none" else PREDICTORS[args.predictor](d)
-    f, g, q = (synchronized(module.to(device)) for module in (f, g, q))
+    f, g, q = (projhead.synchronized(module.to(device)) for module in (f, g, q))
     f = f.to(memory_format=torch.channels_last)
     return Model(f, g, q, copy.deepcopy(nn.Sequential(f, g)).requires_grad_(False) if args.target == "ema" else None)
 
@@ -1069,33 +1069,6 @@ def average_gradients(optimizer, *_) -> None:
         dist.all_reduce(mean)
         for g, new in zip(gradients, mean.split([g.numel() for g in gradients])):
             g.copy_(new.view_as(g))
-
-
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch's, which trains on GPUs only, and the same on a CPU: statistics over the whole batch, of all processes."""
-
-    def forward(self, x):
-        if x.is_cuda or not self.training:
-            return super().forward(x)
-        dims, shape, M = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2), RANKS * x.numel() / x.shape[1]
-        mean = projhead.gather(x.mean(dims)[None]).mean(0)
-        x = x - mean.view(shape)
-        var = projhead.gather(x.square().mean(dims)[None]).mean(0)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum), self.running_var.lerp_(var * M / (M - 1), self.momentum)
-            self.num_batches_tracked.add_(1)
-        x = x * (var + self.eps).rsqrt().view(shape)
-        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
-
-
-def synchronized(module: nn.Module) -> nn.Module:
-    """The module, where there are several processes with each BatchNorm a SyncBatchNorm; the same parameters and names."""
-    if RANKS > 1:
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        for m in module.modules():
-            if isinstance(m, nn.SyncBatchNorm):
-                m.__class__ = SyncBatchNorm
-    return module
 
 
 @contextlib.contextmanager
