@@ -236,14 +236,16 @@ class OffDiagonal(nn.Module):
         return z + z @ self.E.T
 
 
-def bn_mse(p: Tensor, z: Tensor) -> Tensor:
+def bn_mse(p: Tensor, z: Tensor, eps: float = 1e-12) -> Tensor:
     """||BN(p) - stopgrad BN(z)||^2 / d, mean over the batch: Wen & Li's loss with output normalization [paper]; 1/d [reading].
 
     p (N, d) is of one view, z (N, d) of the other. BN is BatchNorm over the rows of all processes, without affine parameters.
-    The value is about 2 - 2 * (mean correlation), 0 to 4, for any d. Raises ValueError for N = 1. Needs gather, _float32.
+    The value is 2 - 2 * (mean correlation), 0 to 4, for any d. Raises ValueError for N = 1. Needs gather, _float32.
+    eps, added to the variance, is small on purpose [reading]: with torch's 1e-5 a run of 40 epochs shrank z until eps hid
+    it, and collapsed completely, which the normalization is there to exclude.
     """
     def bn(a):
-        return F.batch_norm(gather(_float32(a)), None, None, training=True)
+        return F.batch_norm(gather(_float32(a)), None, None, training=True, eps=eps)
     return F.mse_loss(bn(p), bn(z.detach()))
 
 
