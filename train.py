@@ -167,11 +167,11 @@ def parser() -> Parser:
     p.add_argument("--tau", type=number(float, 1e-3), help="temperature of infonce (default: 0.5)")
     p.add_argument("--inner-steps", type=number(int, 0), metavar="K",
                    help="steps on the heads before each encoder step; 0: joint training (default: 0; --head parametric: 2)")
-    p.add_argument("--head-lr", type=number(float, 0), help="the head's learning rate, times the encoder's; 0: a frozen random head (default: 1)")
-    p.add_argument("--predictor-lr", type=number(float, 0), help="the prediction head's, likewise (default: 1; offdiag: 10)")
+    p.add_argument("--head-lr", type=number(float, 0, 1e6), help="the head's learning rate, times the encoder's; 0: a frozen random head (default: 1)")
+    p.add_argument("--predictor-lr", type=number(float, 0, 1e6), help="the prediction head's, likewise (default: 1; offdiag: 10)")
     p.add_argument("--projector-bn", choices=["yes", "no"],
                    help="end g in a BatchNorm without affine (default: yes with a prediction head, unless --loss bn)")
-    p.add_argument("--sparsity", type=number(float, 0), metavar="LAMBDA", help="weight of the sparsity penalty; 0: off (default: 0; --head sparse: 0.1)")
+    p.add_argument("--sparsity", type=number(float, 0, 1e30), metavar="LAMBDA", help="weight of the sparsity penalty; 0: off (default: 0; --head sparse: 0.1)")
     p.add_argument("--sparsity-norm", choices=NORMS, help="its norm; the functions are in projhead.py (default: l21)")
     p.add_argument("--dim", type=width, help="width of z (default: 128; --head slice: 360/2048 of h)")
     p.add_argument("--hidden", type=width, help="hidden width of the head (default: twice that of h)")
@@ -183,9 +183,9 @@ def parser() -> Parser:
     p.add_argument("--image-size", type=number(int, 8, 512), help="a folder's images are resized and cropped to this (default: 64)")
     p.add_argument("--epochs", type=number(int, 1, 10**6), help="(default: 100; convnet 20; shapes with convnet 12)")
     p.add_argument("--batch-size", type=number(int, 2), help="images a step, two views each (default: 512; convnet: 256)")
-    p.add_argument("--lr", type=number(float, 0), help="the encoder's peak learning rate for 256 images a step, scaled with the batch (default: 0.06)")
+    p.add_argument("--lr", type=number(float, 0, 1e30), help="the encoder's peak learning rate for 256 images a step, scaled with the batch (default: 0.06)")
     p.add_argument("--momentum", type=number(float, 0, 0.9999), help="(default: 0.9)")
-    p.add_argument("--weight-decay", type=number(float, 0), help="(default: 5e-4)")
+    p.add_argument("--weight-decay", type=number(float, 0, 1e6), help="(default: 5e-4)")
     p.add_argument("--warmup", type=fraction, help="fraction of the steps in which the learning rate rises (default: 0.05)")
     p.add_argument("--crop-scale", type=number(float, 0.01, 1), help="smallest area of a crop (default: 0.2; shapes 0.5)")
     p.add_argument("--hue", type=number(float, 0, 0.5), help="largest shift of the hue, in turns (default: 0.1; shapes 0.5)")
@@ -951,12 +951,12 @@ class Run:
     def end_epoch(self, epoch: int, step: int, lr: float, h: Tensor, eta: float) -> None:
         """Measure the last batch, add a line to metrics.jsonl and print it."""
         args, (f, g, q, _) = self.args, self.model
-        if not h.isfinite().all():
-            raise everywhere(self.diverged("h is not finite", step, lr))
         with torch.no_grad():
             z = g.eval()(h)
             g.train()
         h, z = projhead.gather(h), projhead.gather(z)
+        if not (h.isfinite().all() and z.isfinite().all()):
+            raise everywhere(self.diverged("h or z is not finite", step, lr))
         loss, inner = torch.tensor(self.losses).mean(dim=0).tolist()
         line = {"epoch": epoch, "step": step, "loss": loss} | ({"inner_loss": inner} if args.inner_steps else {}) | {"lr": lr}
         for name, features in (("h", h), ("z", z)):
