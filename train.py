@@ -985,8 +985,9 @@ class Run:
     def save(self, step: int, lr: float = 0.0) -> None:
         if not all(bool(t.isfinite().all()) for part in self.tensors.values() for t in part.values()):
             raise everywhere(self.diverged("a weight or a BatchNorm's statistic is not finite", step, lr))
+        args = {k: v.encode(errors="replace").decode() if isinstance(v, str) else v for k, v in vars(self.args).items()}     # UTF-8
         if RANK == 0:
-            save(self.out / "checkpoint.pt", {"args": vars(self.args), "step": step, "images": self.images, **self.tensors})
+            save(self.out / "checkpoint.pt", {"args": args, "step": step, "images": self.images, **self.tensors})
         self.saved_at = time.perf_counter()
 
     def finish(self) -> None:
