@@ -418,8 +418,8 @@ def one_table(run, question: dict) -> list[dict]:
     columns = []
     def show(row):
         if not columns:
-            columns.extend(columns_of(row))
-            widths[:] = [12, 11] + [max(6, len(key)) for key in columns[2:]]
+            columns.extend(key for key in columns_of(row) if not key.startswith("held_out"))
+            widths[:] = [11, max(5, *(len(type(layer).__name__) for layer in layers(run.head)))] + [max(5, len(key)) for key in columns[2:]]
             show_line(columns, widths), show_line(["-" * w for w in widths], widths)
         show_line([cell(key, [row[key]] if key in row else []) for key in columns], widths)
     widths = []
@@ -700,7 +700,7 @@ def main() -> None:
     elif len(runs) > 1:
         many_table(runs, question, args.taps, args.raw)
     else:
-        what = {"labels": "accuracies in percent, knn by cosine, rank, alignment and uniformity on test images",
+        what = {"labels": "accuracies in percent, on test images; knn by cosine",
                 "transform": "accuracy in percent of linear probes for what was done to a test image"}
         train.say(f"{runs[0].path}, step {runs[0].step}; {what[args.probe]}")
         one_table(runs[0], question)

@@ -7,8 +7,11 @@
 import collections
 import contextlib
 import copy
+import ctypes
+import functools
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -20,11 +23,17 @@ import shutil
 import signal
 import socket
 import statistics
+import struct
+import subprocess
 import sys
 import tempfile
 import textwrap
 import time
+import traceback
+import tracemalloc
 import unittest.mock
+import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -71,7 +80,7 @@ def hasty(monkeypatch):
 
 def run(flags="", out="run"):
     """Train in this process: 4 steps of 8 images unless the flags say otherwise."""
-    train.train(train.parse_args(f"--limit 16 --batch-size 8 --epochs 2 --out {out} {flags}".split()))
+    train.train(train.parse_args([*f"--limit 16 --batch-size 8 --epochs 2 {flags}".split(), "--out", str(out)]))
     return torch.load(f"{out}/checkpoint.pt", weights_only=True)
 
 
@@ -133,7 +142,7 @@ def naive_cosine(p, z):
 
 
 def naive_bn(p, z):
-    bn = lambda a: (a - a.mean(0)) / (a.var(0, unbiased=False) + 1e-5).sqrt()
+    bn = lambda a: (a - a.mean(0)) / (a.var(0, unbiased=False) + 1e-12).sqrt()
     return (bn(p) - bn(z)).square().sum(1).mean().item() / p.shape[1]
 
 
@@ -176,6 +185,8 @@ def test_negative_cosine_and_bn_mse():
     assert projhead.negative_cosine(p, z).item() == pytest.approx(naive_cosine(p, z), abs=1e-12)
     assert projhead.bn_mse(p, z).item() == pytest.approx(naive_bn(p, z), abs=1e-12)
     assert projhead.bn_mse(3 * z + 1, z).item() == pytest.approx(0, abs=1e-9)
+    for scale in (1e3, 1e-3, 1e-4):                     # small z do not hide under an epsilon, nor do large ones pay
+        assert projhead.bn_mse(scale * p.float(), scale * z.float()).item() == pytest.approx(projhead.bn_mse(p, z).item(), rel=1e-3)
     for loss in (projhead.negative_cosine, projhead.bn_mse):
         p.grad = z.grad = None
         loss(p, z).backward()
@@ -681,7 +692,7 @@ def test_combinations_train_save_and_evaluate(flags):
     args, step, images, found = train.load(Path("run/checkpoint.pt"))
     untrained = train.build(args)
     assert step == 2 and images == train.fingerprint(SETS[10_000][0][:16]) and same_bits(checkpoint, found)
-    for name, module in zip(train.MODULES, untrained[:3]):
+    for name, module in zip(("encoder", "head", "predictor"), untrained):
         for key, p in module.named_parameters():        # all that can be trained was; a bias before a BatchNorm has no gradient
             moved = not torch.equal(checkpoint[name][key], p) or "bias" in key
             assert moved and checkpoint[name][key].isfinite().all(), (name, key)
@@ -762,6 +773,19 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     began = time.perf_counter()
     assert in_a_child(lambda: run("--head mlp"), expect=128 + signal.SIGINT) and time.perf_counter() - began < 30
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 0
+
+
+def test_other_signals_do_not_stop_a_run(monkeypatch):
+    """A DataLoader in the process, say, handles SIGCHLD."""
+    two_views = train.two_views
+    def busy(*given):
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for x in two_views(*given):
+            signal.raise_signal(signal.SIGCHLD)
+            time.sleep(0.1)
+            yield x
+    monkeypatch.setattr(train, "two_views", busy)
+    assert in_a_child(lambda: run("--head mlp")) and torch.load("run/checkpoint.pt", weights_only=True)["step"] == 4
 
 
 @pytest.mark.parametrize("flags", [METHODS[1], METHODS[3]])
@@ -1732,6 +1756,729 @@ def test_eval_refuses_in_one_line(monkeypatch, capsys):
         assert files() == before, words
 
 
+# ---------------------------------------------------------------------------- an adversary: helpers
+
+def ends(action, capsys, seconds=60):
+    """(exit code, stderr) of a script's main function that is to end in time, without a traceback or more than one line of errors."""
+    def late(*_):
+        raise AssertionError("it hangs")
+    capsys.readouterr()
+    code, before = 0, signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        train.main(action)
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        signal.alarm(0), signal.signal(signal.SIGALRM, before)
+    out, error = capsys.readouterr()
+    error = "".join(line for line in error.splitlines(True) if not line.startswith(("folder ", "warning: the features collapse")))
+    assert code in (0, 2) and (code == 2) == error.startswith("error: ") and (code == 0 or error.count("\n") == 1), (code, error)
+    assert not set(out + error) & {"\x1b", "\0"}, (out, error)
+    return code, error
+
+
+def evaluates(monkeypatch, capsys, *words, **kwargs):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *words])
+    return ends(evaluation.main, capsys, **kwargs)
+
+
+def refused(action, capsys, *words):
+    code, error = ends(action, capsys)
+    assert code == 2 and all(word in error for word in words), (code, error)
+
+
+def tree(root="."):
+    """All that lies there, without following links."""
+    return {str(p): (p.lstat().st_mode, os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None) for p in Path(root).rglob("*")}
+
+
+@contextlib.contextmanager
+def at_most(MiB):
+    """The Python objects and the memory that the block makes stay below that."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    try:
+        yield
+        traced = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert traced < MiB * 2**20 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MiB * 2**10
+
+
+def forked(work, name="child", **environment):
+    """A child process that does this, its stderr in the file `name`; exit code 70 is a traceback."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        signal.alarm(60)
+        os.environ.update(environment)
+        sys.stderr, sys.stdout = open(name, "w", buffering=1), open(os.devnull, "w")
+        os.dup2(sys.stderr.fileno(), 2)
+        train.main(work)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def waited(pid, seconds=20):
+    """How the child ended: its exit code, or minus the signal."""
+    until(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), seconds)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.01)
+
+
+HALF = "--head linear --dim 4 --predictor linear --target ema"
+
+
+def half_done(flags=HALF):
+    """A checkpoint after half of its steps, and a function that puts another in its place."""
+    checkpoint = run(flags) | {"step": 2}
+    def put(other):
+        Path("run/eval.json").unlink(missing_ok=True)
+        torch.save(other, "run/checkpoint.pt")
+    put(checkpoint)
+    return checkpoint, put
+
+
+def changed(checkpoint, key, value):
+    """The checkpoint with another value, or without one, at key, a tuple."""
+    first, *rest = key
+    new = dict(checkpoint)
+    if rest:
+        new[first] = changed(checkpoint[first], rest, value)
+    elif value is KeyError:
+        del new[first]
+    else:
+        new[first] = value
+    return new
+
+
+# ---------------------------------------------------------------------------- an adversary: checkpoints
+
+PLAIN = {"none": None, "text": "a\x1b[31mb\nc", "help": "--help", "NaN": math.nan, "huge": 10**300, "inf": math.inf, "1e38": 1e38, "minus": -1, "true": True,
+         "removed": KeyError, "tensor": torch.ones(2), "list": [[]], "dict": {"help": True}, "other": "cifar10", "mlp": "mlp"}
+WRONG = {"NaN": lambda t: t * math.nan, "inf": lambda t: t + math.inf, "1e38": lambda t: torch.full_like(t, 1e38), "minus": lambda t: torch.full_like(t, -1),
+         "complex": lambda t: t + 1j, "double": torch.Tensor.double, "half": torch.Tensor.half, "bool": torch.Tensor.bool, "long": torch.Tensor.long,
+         "sparse": torch.Tensor.to_sparse, "shape": lambda t: t[None], "empty": lambda t: t.flatten()[:0], "expanded": lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape),
+         "parameter": lambda t: torch.nn.Parameter(t, requires_grad=False), "meta": lambda t: t.to("meta")}
+
+
+def test_one_wrong_value_in_a_checkpoint(monkeypatch, capsys):
+    """Every key in turn. The program continues, or says one line; eval.py leaves the file as it was, train.py where it says one."""
+    monkeypatch.setattr(evaluation, "L2", (0.1,))
+    checkpoint, put = half_done()
+    parts = [name for name in checkpoint if name not in ("args", "step", "images")]
+    keys = [(name,) for name in checkpoint] + [("args", flag) for flag in checkpoint["args"]] + [(name, next(iter(checkpoint[name]))) for name in parts]
+    keys += [("encoder", next(k for k in checkpoint["encoder"] if k.endswith(word))) for word in ("running_mean", "running_var", "num_batches_tracked")]
+    cases = [(key, name, value) for i, key in enumerate(keys) for j, (name, value) in enumerate(PLAIN.items()) if (i + j) % 3 == 0]    # five of them
+    cases += [((*key, "extra"), "extra", 1) for key in [(), ("args",), *((name,) for name in parts)]]
+    cases += [(key, name, wrong) for i, key in enumerate(keys) if key[0] in parts and key[1:] for j, (name, wrong) in enumerate(WRONG.items()) if (i + j) % 2]
+    failures, codes = [], collections.Counter()
+    for i, (key, name, value) in enumerate(cases):
+        if name in WRONG and callable(value):
+            old = checkpoint[key[0]][key[1]]
+            value = value(old if old.is_floating_point() or name not in ("NaN", "inf", "1e38") else old.float())
+        put(changed(checkpoint, key, value))
+        before, evaluating = Path("run/checkpoint.pt").read_bytes(), i % 2 == len(key) % 2
+        try:
+            code, error = evaluates(monkeypatch, capsys, "run") if evaluating else ends(lambda: run(HALF), capsys)
+            codes[evaluating, code] += 1
+            assert error.count("\n") <= 1 or key == ("args", "limit"), error
+            assert Path("run/checkpoint.pt").read_bytes() == before or code == 0 and not evaluating, "the file was changed"
+        except BaseException as e:
+            failures.append((key, name, "eval" if evaluating else "train", f"{type(e).__name__}: {e}"[:200]))
+        if not evaluating:
+            shutil.rmtree("run", ignore_errors=True), Path("run").mkdir()
+    assert not failures, "\n".join(map(str, failures))
+    assert min(codes.values()) > 3 and codes[True, 2] > 120 and codes[False, 2] > 120, codes
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def laughs(depth):
+    nest = ["ha"] * 10
+    for _ in range(depth):
+        nest = [nest] * 10                              # 10 ** depth when written out, and a few bytes in the file
+    return nest
+
+
+def test_files_that_are_no_checkpoints(monkeypatch, capsys):
+    checkpoint, put = half_done("--head mlp")
+    whole, path = Path("run/checkpoint.pt").read_bytes(), Path("run/checkpoint.pt")
+    def packed():
+        with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+            for member in old.namelist():
+                new.writestr(member, old.read(member))
+    arguments = checkpoint["args"] | {"encoder": "resnet50", "dim": 2**14, "hidden": 2**14, "depth": 16}
+    weight = checkpoint["head"]["0.weight"]
+    for name, make in {
+            "code": lambda: put(Bomb()), "code in a list": lambda: put([1, Bomb()]), "code in args": lambda: put(changed(checkpoint, ("args", "lr"), Bomb())),
+            "code among tensors": lambda: put(changed(checkpoint, ("encoder", "0.weight"), Bomb())), "a list": lambda: put([1, 2]),
+            "cut": lambda: path.write_bytes(whole[:len(whole) // 2]), "cut at the end": lambda: path.write_bytes(whole[:-1]), "empty": lambda: path.write_bytes(b""),
+            "noise": lambda: path.write_bytes(random.Random(0).randbytes(5000)), "zeros": lambda: (path.write_bytes(b""), os.truncate(path, 2**26)),
+            "compressed": packed, "a folder": lambda: (path.unlink(), path.mkdir()), "a pipe": lambda: (path.rmdir(), os.mkfifo(path)),
+            "old format": lambda: (path.unlink(), torch.save(checkpoint, path, _use_new_zipfile_serialization=False)),
+            "larger than its arguments": lambda: put(changed(checkpoint, ("head", "0.weight"), torch.zeros(2**24).as_strided(weight.shape, weight.stride()))),
+            "smaller than its arguments": lambda: put(checkpoint | {"args": arguments}), "help": lambda: put(checkpoint | {"args": {"help": True}}),
+            "nested arguments": lambda: put(changed(checkpoint, ("args", "lr"), laughs(4)))}.items():
+        make()
+        before = tree()
+        with at_most(30) if "arguments" in name else contextlib.nullcontext():      # resnet50 with that head has 17 GiB; written out, the nested list has 10^5 words
+            refused(lambda: run("--head mlp"), capsys, "run")
+            assert evaluates(monkeypatch, capsys, "run")[0] == 2, name
+        assert tree() == before, name
+    assert not Path("ran").exists()
+
+
+def test_words_of_a_checkpoint_on_the_terminal(monkeypatch, capsys):
+    checkpoint, put = half_done("--head mlp")
+    measure = evaluation.table
+    for flags in ({"data": "a\x1b[31mb\nc"}, {"data": "a\x1b[31mb\nc", "dataset": "cifar10"}, {"data": "a\x1b[31mb\nc", "dataset": "folder"},
+                  {"out": "\x1b]0;x\7"}, {"device": "\x1b[2J"}, {"dataset": "cifar10", "data": None}, {"dataset": "folder", "data": None}):
+        put(checkpoint | {"args": checkpoint["args"] | flags})
+        monkeypatch.setattr(evaluation, "table", measure if "dataset" in flags else lambda *_: [{"tap": "h", "layer": "", "dim": 4}])
+        for words in (["run"], ["run", "--json"]):
+            assert evaluates(monkeypatch, capsys, *words)[0] == (2 if "dataset" in flags else 0), flags
+
+
+ROWS = [], [{}], [1], {"a": 1}, "text", [{"tap": "h", "layer": "", "dim": [1], "rank": {}}], [{"tap": "\x1b[31m", "layer": "\n", "dim": None}]
+
+
+def test_results_and_logs_that_are_not_ours(monkeypatch, capsys):
+    """eval.json is measured anew or shown, metrics.jsonl left out: no traceback."""
+    run("--head mlp"), shutil.copytree("run", "more")
+    question = json.dumps({"probe": "labels", "ks": [20, 200], "dataset": None, "data": None})
+    monkeypatch.setattr(evaluation, "table", lambda *_: [{"tap": "h", "layer": "", "dim": 4, "rank": 1.0, "uniformity": math.nan}])
+    crc = zlib.crc32(Path("run/checkpoint.pt").read_bytes())
+    for number, rows in enumerate(ROWS):
+        words = ("run", "run more", "run more --taps", "run --json", "run more --curves x.png")[number % 5]
+        for text in (json.dumps({"checkpoint": crc, "results": {question: rows}}), 60_000 * "[", json.dumps({"checkpoint": crc, "results": rows}), "\0" * 99):
+            Path("run/eval.json").write_text(text)
+            Path("run/metrics.jsonl").write_text("{}\n" + '{"epoch": [1], "loss": {}, "seconds": "x"}\n' + text + "\n")
+            evaluates(monkeypatch, capsys, *words.split())
+
+
+# ---------------------------------------------------------------------------- an adversary: a run's folder
+
+def test_what_lies_in_a_run_is_never_written_through(monkeypatch, capsys):
+    run("--head linear --dim 4", "good")
+    Path("mine").write_text("precious")
+    monkeypatch.setattr(evaluation, "table", lambda *_: [{"tap": "h", "layer": "", "dim": 4}])
+    kinds = {"link": lambda p: p.symlink_to("../mine"), "to nothing": lambda p: p.symlink_to("../new"), "folder": Path.mkdir, "pipe": os.mkfifo}
+    for name in ("checkpoint.pt", "metrics.jsonl", "eval.json", f".metrics.jsonl.{'0' * 16}.tmp", "metrics.tmp", "thesis.tex"):
+        for kind, make in (kinds | {"file": Path.touch} if name in ("metrics.tmp", "thesis.tex") else kinds).items():
+            shutil.rmtree("run", ignore_errors=True), shutil.copytree("good", "run")
+            Path("run", name).unlink(missing_ok=True), make(Path("run", name))
+            before = tree()
+            refused(lambda: run("--head linear --dim 4"), capsys, name)
+            assert tree() == before, (name, kind)
+            if name.endswith("tmp"):
+                continue
+            code, _ = evaluates(monkeypatch, capsys, "run")
+            assert code == (2 if name == "checkpoint.pt" else 0), (name, kind)
+            if name == "metrics.jsonl":
+                evaluates(monkeypatch, capsys, "run", "--curves", "curves.png")
+            kept = {k: v for k, v in tree().items() if k not in ("run/eval.json", "curves.png")}
+            assert kept == {k: v for k, v in before.items() if k not in ("run/eval.json", "curves.png")}, (name, kind)
+
+
+def test_leftovers_of_ours_go_and_files_of_others_stay(capsys):
+    run("--head mlp")
+    leftover = Path("run/.checkpoint.pt.0123456789abcdef.tmp")
+    leftover.touch(), run("--head mlp")
+    assert not leftover.exists()
+    for names in (("thesis.tex", ".a.tmp", ".checkpoint.pt.0123456789abcdef.tmp"), (".a.tmp",)):
+        for name in names:
+            Path("home").mkdir(exist_ok=True), Path("home", name).touch()
+        before = tree()
+        refused(lambda: run("--head mlp", "home"), capsys, "home holds")
+        assert tree() == before, "a file was removed from a folder that is no run"
+        shutil.rmtree("home")
+
+
+def test_one_process_at_a_time_on_a_run(monkeypatch, capsys):
+    run("--head mlp", "alone")
+    step = train.train_step
+    def patient(*args):
+        Path("began").touch()
+        until(lambda: Path("go").exists())
+        return step(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", patient)
+        first = forked(lambda: run("--head mlp"))
+        until(lambda: Path("began").exists())
+        start = time.monotonic()
+        refused(lambda: run("--head mlp"), capsys, "another process is training there")
+        assert time.monotonic() - start < 2
+        Path("go").touch()
+        assert waited(first) == 0 and not Path("child").read_text()
+        assert same_bits(*(torch.load(f"{name}/checkpoint.pt") for name in ("alone", "run")))
+        Path("go").unlink(), Path("began").unlink()
+        second = forked(lambda: run("--head mlp", "killed"))
+        until(lambda: Path("began").exists())
+        os.kill(second, signal.SIGKILL)
+        assert waited(second) == -signal.SIGKILL
+    assert same_bits(run("--head mlp", "killed"), torch.load("alone/checkpoint.pt"))       # the lock died with its process
+
+
+def test_a_log_of_zeros_takes_no_memory(monkeypatch, capsys):
+    half_done("--head mlp")
+    os.truncate("run/metrics.jsonl", 0), os.truncate("run/metrics.jsonl", 200 * 2**20)
+    with at_most(30):
+        assert evaluates(monkeypatch, capsys, "run", "--curves", "x.png") == (0, "")
+        assert ends(lambda: run("--head mlp"), capsys) == (0, "")
+    assert Path("run/metrics.jsonl").stat().st_size < 10_000
+
+
+def test_a_diverged_run_keeps_finite_tensors(monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "probe", lambda *_: (1.0, 1.0, 1.0))
+    for i, flags in enumerate(("mlp --lr 3e5", "none --lr 3e5", "linear --lr 1e12", "none --lr 1e30", "linear --limit 8 --lr 1e30 --head-lr 1e6", "mlp --limit 8 --lr 1e-9 --head-lr 1e6 --weight-decay 1e6")):
+        out = f"run{i}"
+        ends(lambda: run(f"--warmup 0 --epochs 8 --head {flags}", out), capsys)
+        assert all(t.isfinite().all() for t in tensors(torch.load(f"{out}/checkpoint.pt")).values()), out
+        evaluates(monkeypatch, capsys, out)
+
+
+@pytest.mark.parametrize("flags", [f"--epochs {10**15}", f"--epochs {10**400}", f"--batch-size {10**400}", "--lr 1e308 --epochs 3", "--tau 1e308", "--head-lr 1e308",
+                                   "--weight-decay 1e308", "--head sparse --sparsity 1e308", "--predictor offdiag --predictor-lr 1e308"])
+def test_huge_numbers(flags, capsys):
+    ends(lambda: run(flags), capsys)
+
+
+# ---------------------------------------------------------------------------- an adversary: several processes
+
+@pytest.mark.parametrize("case, flags, line", [
+    ("an error in rank 1", "", "error: no such drawing"), ("an error in rank 0", "", "error: no such drawing"),
+    ("other images", "", "error: the processes have different images: 16, 16 of them"), ("fewer images", "--limit 40", "error: "),
+    ("an odd batch", "--limit 39 --batch-size 512", "error: --batch-size 39 does not divide evenly over 2 processes"),
+    ("a step that fails", "", "error: rank 1 ran out of luck")])
+def test_errors_of_any_rank_are_one_line(case, flags, line):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    def rank(number):
+        def work():
+            train.RANK, train.LOCAL_RANK, train.RANKS, train.LOCAL_RANKS = number, number, 2, 2
+            def draw(M, seed):
+                if case == f"an error in rank {number}":
+                    raise train.UserError("no such drawing")
+                images, labels = SETS[M]
+                return (images[:-1] if case == "fewer images" and number else images.flip(0) if case == "other images" and number else images), labels
+            def step(*_):
+                raise train.UserError("rank 1 ran out of luck")
+            train.draw_shapes, train.train_step = draw, step if case == "a step that fails" and number else train.train_step
+            run("--head mlp --device cpu " + flags)
+        return forked(work, f"rank{number}", RANK=str(number), WORLD_SIZE="2", LOCAL_RANK=str(number), LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    codes = [waited(pid) for pid in [rank(0), rank(1)]]
+    text = [Path(f"rank{number}").read_text() for number in (0, 1)]
+    assert "".join(text).count("\n") == 1 and "".join(text).startswith(line) and 0 not in codes and 70 not in codes, (codes, text)
+    if "rank 1" in line or case.endswith("1"):
+        assert text[1]
+    assert not Path("run/metrics.jsonl").exists() or "step" in case
+
+
+# ---------------------------------------------------------------------------- an adversary: pictures
+
+def png(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+
+
+def test_pictures_that_are_none(tmp_path, monkeypatch, capsys):
+    from PIL import EpsImagePlugin, Image
+    (tmp_path / "bin").mkdir(), Path("all").mkdir()
+    (tmp_path / "bin/gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n"), (tmp_path / "bin/gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    Path("all/eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n" + b"showpage\n" * 40 + b"%%EOF\n")
+    with contextlib.suppress(Exception):                # Pillow itself starts the program
+        Image.open("all/eps.png").load()
+    assert (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    Image.new("F", (9, 9), 0.5).save("all/float.tiff"), Image.new("RGB", (99, 99)).save("all/cut.jpg")
+    Path("all/cut.jpg").write_bytes(Path("all/cut.jpg").read_bytes()[:300])
+    Path("all/huge.png").write_bytes(png(60_000, 60_000)), Path("all/long.png").write_bytes(png(2**31 - 1, 1)), Path("all/empty.png").touch()
+    Path("all/header.png").write_bytes(png(7_000, 7_000)[:60])
+    Image.new("RGB", (9, 9)).save("all/gif.png", "GIF")
+    with at_most(60):
+        reasons = {f.name: train.read_image(f, 16) for f in sorted(Path("all").iterdir()) if f.name != "header.png"}
+    assert len(reasons) == 7 and all(isinstance(why, str) and why and "\n" not in why for why in reasons.values()), reasons
+    assert not (tmp_path / "ran").exists()
+    pictures("few", 20), os.mkfifo("few/a/x.png"), Path("few/a/y.png").symlink_to("nowhere"), Path("few/b/z.png").mkdir()
+    images, _ = train.load_dataset("folder", "few", True, 16)
+    assert len(images) + len(train.load_dataset("folder", "few", False, 16)[0]) == 20
+    for i in range(3):
+        shutil.copy("all/float.tiff", f"few/a/{i}\x1b[31m\n.tiff")
+    refused(lambda: train.load_dataset("folder", "few", True, 16), capsys, "floating-point", "\\x1b[31m\\n")
+    assert not list(train.CACHE.glob("*.tmp"))
+
+
+def test_pictures_are_decoded_once_and_no_more_than_asked_for(tmp_path, monkeypatch, capsys):
+    pictures("p", 150)
+    seen, read = [], train.read_image
+    monkeypatch.setattr(train, "read_image", lambda path, size: seen.append(path) or read(path, size))
+    images, labels = train.load_dataset("folder", "p", True, 16, limit=100)
+    assert len(seen) == len(images) == 100
+    again = train.load_dataset("folder", "p", True, 16, limit=100)
+    assert len(seen) == 100 and torch.equal(again[0], images) and torch.equal(again[1], labels)
+    plain = train.load_dataset("folder", "p", True, 16, limit=100, create=False)[0]
+    assert torch.equal(plain, images)
+    shutil.copy(seen[1], seen[0])                       # another picture in its place
+    other = train.load_dataset("folder", "p", True, 16, limit=100)[0].clone()       # not mapped from the file that is cut below
+    assert len(seen) == 200 and not torch.equal(other, images)
+    assert len(train.load_dataset("folder", "p", True, 8, limit=100)[0][0, 0]) == 8
+    for file in train.CACHE.iterdir():                  # cut short, by a disk that lost it
+        os.truncate(file, 1234)
+    ends(lambda: train.load_dataset("folder", "p", True, 16, limit=100), capsys)
+    monkeypatch.setattr(train, "CACHE", tmp_path / "second")
+    def slow(path, size):
+        Path("began").touch() if len(seen) > 250 else None
+        time.sleep(9 * (len(seen) > 250))
+        seen.append(path)
+        return read(path, size)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "read_image", slow)
+        child = forked(lambda: train.load_dataset("folder", "p", True, 16, limit=100))
+        until(lambda: Path("began").exists())
+        os.kill(child, signal.SIGKILL), waited(child)
+    assert torch.equal(train.load_dataset("folder", "p", True, 16, limit=100)[0], other)
+    assert [f.suffix for f in train.CACHE.iterdir()] == [".images"]
+    for where in ("file", "file/below"):
+        Path("file").touch()
+        monkeypatch.setattr(train, "CACHE", Path(where))
+        refused(lambda: train.load_dataset("folder", "p", True, 16), capsys, "cannot keep the decoded images")
+
+
+@pytest.mark.parametrize("first, second", [("train", "val"), ("Train", "Test"), ("TRAIN", "Validation"), ("train", "valid")])
+def test_layouts_of_folders(first, second, capsys):
+    pictures(f"p/{first}", 12), pictures(f"p/{second}", 6)
+    (images, labels, classes), (tests, test_labels, _) = (train.read_dataset("folder", "p", part, 16) for part in (True, False))
+    assert (len(images), len(tests), classes) == (12, 6, ["a", "b"]) and labels.tolist().count(0) == 6 and test_labels.tolist().count(1) == 3
+    assert capsys.readouterr().err.endswith("12 training and 6 test images, 2 classes\n")
+    assert (images[labels == 0][:, 0] > 150).all() and (tests[test_labels == 1][:, 2] > 150).all()
+
+
+def test_a_training_part_alone_and_links(capsys):
+    pictures("p/Train", 30), pictures("q", 30), Path("p/other").mkdir(), Path("q/a").rename("red"), Path("q/a").symlink_to("../red"), Path("q/b/loop").symlink_to("..")
+    for folder in "pq":
+        (images, labels, classes), (tests, _, _) = (train.read_dataset("folder", folder, part, 16) for part in (True, False))
+        assert classes == ["a", "b"] and len(images) + len(tests) == 30 and len(tests) > 2 and 0 < labels.sum() < len(labels)
+
+
+@pytest.mark.parametrize("place, unknown", [("test/c", 5), ("test", 9), ("test/images", 9)])
+def test_test_images_without_a_label_are_counted(place, unknown, monkeypatch, capsys):
+    """One class of the test part is misspelt, or none has a name, as in Tiny-ImageNet."""
+    pictures("p/train", 20), pictures("q", 9)
+    for name in "ab":
+        (Path("p/train") / name / "images").mkdir()
+        for file in (Path("p/train") / name).glob("*.png"):
+            file.rename(file.parent / "images" / file.name)
+    Path("p", place).mkdir(parents=True)
+    for file in Path("q").glob("*/*.png"):
+        aside = unknown == 9 or file.parent.name == "a"
+        target = Path("p", place, file.name) if aside else Path("p/test/b", file.name)
+        target.parent.mkdir(parents=True, exist_ok=True), file.rename(target)
+    run("--dataset folder --data p --image-size 16 --encoder convnet --head mlp")
+    monkeypatch.setattr(evaluation, "probe", lambda *_: (1.0, 1.0, 1.0))
+    code, error = evaluates(monkeypatch, capsys, "run")
+    assert code == 0 and [line for line in error.splitlines() if line.startswith(f"{unknown} of 9 test images have no label")], error
+    assert len(error.splitlines()) <= 3                 # and what the folder holds, and that there are no accuracies
+
+
+def test_data_that_moved(monkeypatch, capsys):
+    flags = "--dataset folder --image-size 16 --encoder convnet --head mlp --epochs 3 --limit 24 --data "
+    pictures("p", 40), pictures("q", 41), run(flags + "p", "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        count = iter(range(99))
+        patch.setattr(train, "first_signal", lambda caught: signal.SIGTERM * (next(count) == 3))
+        run(flags + "p", "part")
+    shutil.copytree("part", "linked"), Path("p").rename("moved"), Path("link").symlink_to("moved")
+    refused(lambda: run(flags + "p", "part"), capsys, "--data")
+    shutil.rmtree("q/a"), shutil.copytree("q/b", "q/a")
+    before = tree()
+    refused(lambda: run(flags + "q", "part"), capsys, "other images")
+    assert tree() == before
+    for out, data in (("part", "moved"), ("linked", "link")):
+        assert same_bits(run(flags + data, out), torch.load("whole/checkpoint.pt"))
+    def never(*_, **__):
+        raise AssertionError("a download")
+    for module in (torchvision.datasets.cifar, torchvision.datasets.stl10):
+        monkeypatch.setattr(module, "download_and_extract_archive", never)
+    monkeypatch.setattr(evaluation, "probe", lambda *_: (1.0, 1.0, 1.0))
+    before, cache = tree(), tree(train.CACHE)
+    assert evaluates(monkeypatch, capsys, "whole") == (2, f"error: no folder {Path('p').absolute()}: name one of images by --data, or use --dataset shapes\n")
+    for name in ("cifar10", "cifar100", "stl10"):
+        code, error = evaluates(monkeypatch, capsys, "whole", "--dataset", name)
+        assert code == 2 and "--data" in error
+    assert tree() == before
+    assert evaluates(monkeypatch, capsys, "whole", "--data", "moved")[0] == 0
+    assert tree().keys() - before.keys() == {"whole/eval.json"} and {k: v for k, v in tree().items() if k in before} == before
+    assert tree(train.CACHE) == cache
+    code, error = evaluates(monkeypatch, capsys, "whole", "--data", "q")
+    assert code == 0 and "other images" in error
+
+
+# ---------------------------------------------------------------------------- an adversary: the terminal and signals
+
+def test_names_that_are_not_text(monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "table", lambda *_: [{"tap": "h", "layer": "", "dim": 4}])
+    for out in (os.fsdecode(b"r\xff"), "a\x1b[31mb\nc"):
+        for _ in "12":
+            assert ends(lambda: run("--head mlp", out), capsys) == (0, "")
+        for words in ([], ["--json"], ["--curves", "x.png"], ["--views", "x.png"]):
+            assert evaluates(monkeypatch, capsys, out, *words) == (0, ""), words
+    pictures("p", 12)
+    Path("p/a").rename("p/a\x1b[31m\n")
+    assert ends(lambda: run("--dataset folder --encoder convnet --head mlp --limit 8 --data p", "named"), capsys)[0] == 0
+    assert evaluates(monkeypatch, capsys, "named", "--neighbors", "x.png")[0] == 0
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_control_c_during_the_imports(script):
+    child = subprocess.Popen([sys.executable, HERE / script, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until(lambda: b"libtorch" in Path(f"/proc/{child.pid}/maps").read_bytes() or child.poll() is not None, 60)
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=60) == (b"", b"") and child.returncode == -signal.SIGINT
+
+
+def test_a_signal_during_a_long_step(monkeypatch):
+    """SIGTERM here, as the libc function that stands for a long operation leaves SIGINT out; their handler is the same."""
+    step, libc = train.train_step, ctypes.CDLL(None)
+    def long(*args):
+        Path("began").touch()
+        libc.system(b"sleep 1")                         # in C: no Python code runs meanwhile in this thread
+        Path("ended").touch()
+        return step(*args)
+    monkeypatch.setattr(train, "train_step", long)
+    for signals, step_ends in ((1, True), (2, False)):
+        shutil.rmtree("run", ignore_errors=True)
+        for name in ("began", "ended", "child"):
+            Path(name).unlink(missing_ok=True)
+        child = forked(lambda: run("--head mlp"))
+        until(lambda: Path("began").exists())
+        for _ in range(signals):
+            os.kill(child, signal.SIGTERM)
+            until(lambda: "finishing the step" in Path("child").read_text(), 5)
+            assert not Path("ended").exists()
+        assert waited(child) == 128 + signal.SIGTERM and Path("ended").exists() == step_ends
+        assert torch.load("run/checkpoint.pt")["step"] == step_ends
+        assert ("this continues" in Path("child").read_text()) == step_ends
+
+
+# ---------------------------------------------------------------------------- an adversary: measures and words
+
+def test_measures_of_nothing(monkeypatch, capsys):
+    zeros, same = torch.zeros(9, 4), torch.ones(9, 4)
+    assert projhead.spread(zeros) == projhead.spread(same) == 0 and projhead.uniformity(zeros) == 0 and projhead.uniformity(same) == 0
+    assert projhead.effective_rank(zeros) == 1 and projhead.features_holding(torch.zeros(4)) == 0
+    gray = torch.full((40, 3, 32, 32), 99, dtype=torch.uint8), SETS[10_000][1]
+    monkeypatch.setattr(evaluation, "probe", lambda *_: (1.0, 1.0, 1.0))
+    def strict(text):
+        return json.loads(text, parse_constant=lambda word: pytest.fail(word))
+    for name, sets in (("identical images", {10_000: gray, 4_000: gray}), ("one test image", {10_000: SETS[10_000], 4_000: [x[:1] for x in SETS[4_000]]})):
+        monkeypatch.setattr(train, "draw_shapes", lambda M, seed: sets[M])
+        for seed in "01":
+            assert ends(lambda: run(f"--head mlp --seed {seed}", name + seed), capsys)[0] == 0
+        monkeypatch.setattr(sys, "argv", ["eval.py", name + "0", "--json"])
+        evaluation.main()
+        row = strict(capsys.readouterr().out)["rows"][0]
+        assert row["tap"] == "h" and row["seen" if name[0] == "i" else "uniformity"] is None
+        strict(Path(name + "0", "eval.json").read_text())
+        for words in ([], ["--taps"], ["--raw"]):       # the undefined value of two seeds has no mean
+            assert evaluates(monkeypatch, capsys, name + "0", name + "1", *words)[0] == 0
+
+
+def test_small_things_that_newcomers_meet(monkeypatch, capsys):
+    assert all("default" in action.help for action in train.parser()._actions if action.dest != "help")
+    run("--head mlp")
+    monkeypatch.setattr(evaluation, "table", lambda *_: [{"tap": "h", "layer": "", "dim": 4}])
+    assert evaluates(monkeypatch, capsys, "run/checkpoint.pt") == (0, "") and Path("run/eval.json").exists()
+    refused(lambda: run("--head mlp --epochs 3"), capsys, "--epochs 2 there, 3 here", "schedule")
+    Path("file").touch()
+    for out in ("file", "file/below", "/proc/nothing"):
+        refused(lambda: run("--head mlp", out), capsys, "--out")
+
+
+# ---------------------------------------------------------------------------- Wen & Li's simple setting
+# Two neurons f_j(X) = sum_p <w_j, X_p>^3 on four patches; the gradient flow of the population loss, to the time of 3 million
+# plain steps. The loss knows the data by the covariances of f alone, of degree 6 in X and known in closed form, and from w_1,
+# w_2 in R^d the gradient stays in span(v_1, v_2, w_1, w_2): ten numbers a start, w_1, w_2 in that basis, then E_12 and E_21.
+# A batch with the same covariances holds it to projhead's own OffDiagonal and bn_mse.
+
+WL, WL_DRAWN, WL_D, WL_ALPHA, WL_NOISE = 32, 256, 64, (2.5, 1.0), 0.4  # starts of each kind, d, alpha, noise per coordinate
+WL_ETA, WL_STEPS = 0.1, (100, 3000, 30_000, 300_000, 3_000_000)        # a plain step is a time of WL_ETA, for the head too
+WL_WITHOUT = ["nothing", "head", "stop-gradient", "normalization"]
+
+
+def wen_li_starts(seed):
+    """(WL + WL_DRAWN, 10): w_j ~ N(0, I/d); w_1 is the neuron that leads on v_1. First the separated, then any, as drawn."""
+    W = randn(6000, 2, WL_D, seed=seed) / WL_D ** 0.5
+    swap = W[:, 1, 0].abs() > W[:, 0, 0].abs()
+    W[swap] = W[swap].flip(1)
+    c = W[..., :2].abs() * WL_D ** 0.5                                           # 6000 x neuron x feature, each |N(0, 1)|
+    separated = ((c[:, 1, 0] < 0.5 * c[:, 0, 0])                                 # w_1 leads on v_1, by a factor of 2
+                 & (c[:, 1, 1] > 1) & (c[:, 1, 1] > 2 * c[:, 1, 0])              # w_2 is not too weak on v_2 ...
+                 & (c[..., 1] < 3.5 * c[..., 0]).all(1))                         # ... and v_1 still wins: about 3 % of the draws
+    W = torch.cat([W[separated][:WL], W[:WL_DRAWN]])
+    w = torch.cat([W[..., :2], torch.linalg.cholesky(W[..., 2:] @ W[..., 2:].mT)], dim=-1)
+    return F.pad(w.flatten(1), (0, 2))                                           # E = 0, the identity
+
+
+def wen_li_flow(y, without):
+    """dy/dt, minus the gradient of sum_j E (BN F_j(X1) - BN G_j(X2))^2 / 2, for y (..., 10)."""
+    def features(w, u):                                   # l is 1 or 2, with probability 1/2
+        return w[..., :2] ** 3 * torch.tensor(WL_ALPHA, dtype=double) ** 6 / 2 @ (u[..., :2] ** 3).mT
+
+    def own(w):                                           # E f_j(X1) f_k(X1); n of l's two patches are in X1: E n^2 = 4/3
+        R = WL_NOISE ** 2 * w[..., 2:] @ w[..., 2:].mT    # E <w_j, xi> <w_k, xi>
+        r = R.diagonal(dim1=-2, dim2=-1)
+        return 4 / 3 * features(w, w) + 9 * r[..., None] * r[..., None, :] * R + 6 * R ** 3      # E <w_j, xi>^3 <w_k, xi>^3
+    y = y.detach().requires_grad_()
+    w, E = y[..., :8].unflatten(-1, (2, 4)), y[..., 8:] * (without != "head")
+    u = w if without == "stop-gradient" else w.detach()
+    H = torch.eye(2, dtype=double) + E.diag_embed().flip(-1)                     # ((1, E_12), (E_21, 1))
+    pp, pz, zz = (a.diagonal(dim1=-2, dim2=-1) for a in (H @ own(w) @ H.mT, H @ features(w, u) * 2 / 3, own(u)))     # E n (2 - n)
+    loss = (pp + zz) / 2 - pz if without == "normalization" else 1 - pz * (pp * zz) ** -0.5
+    return -torch.autograd.grad(loss.sum(), y)[0]         # no epsilon in BN: 1e-5 would shrink w to nothing in a million steps
+
+
+@functools.cache
+def wen_li(without, seed=0, tol=3e-3):
+    """y (n, starts, 10), a start's steps being its own, and {steps: y (starts, 10)} at WL_STEPS. By Rosenbrock's method,
+    ROS2, as E's rate is stiff, up to 800; the first-order y + h k1 tells the error of a step."""
+    y, I, gamma, at = wen_li_starts(seed), torch.eye(10, dtype=double), 1 - 0.5 ** 0.5, {}
+    t = torch.zeros(len(y), 1, dtype=double)
+    h, path = t + WL_ETA, [y]
+    for steps in WL_STEPS:
+        while (left := steps * WL_ETA - t).max() > 0:
+            step = torch.minimum(h, left)
+            f = wen_li_flow(torch.cat([y[None], y + 1e-6 * I[:, None]]), without)        # at y, and beside it in ten directions
+            A = torch.linalg.lu_factor(I - gamma * step[..., None] * ((f[1:] - f[0]) / 1e-6).permute(1, 2, 0))
+            k1 = torch.linalg.lu_solve(*A, f[0][..., None])[..., 0]
+            k2 = torch.linalg.lu_solve(*A, (wen_li_flow(y + step * k1, without) - 2 * k1)[..., None])[..., 0]
+            error = (step * (k1 + k2) / 2).abs().amax(1, keepdim=True) / tol
+            good, longer = error <= 1, step * (0.8 * error ** -0.5).nan_to_num(0.2).clamp(0.2, 5)
+            t, y = torch.where(good, t + step, t), torch.where(good, y + step * (1.5 * k1 + 0.5 * k2), y)
+            h = torch.where(good & (h >= left), torch.maximum(h, longer), longer)        # cut short here: h stays
+            path.append(y)
+            assert len(path) < 3000, "600 are usual"
+        at[steps] = y
+    return torch.stack(path), at
+
+
+def wen_li_outcome(y):
+    """(starts,) each: one neuron is on v_1 and the other on v_2; both are on v_1, dimensional collapse."""
+    w = y[:, :8].unflatten(1, (2, 4))
+    norm = w.norm(dim=-1, keepdim=True)
+    on = (w[..., :2].abs() > 0.7 * norm) & (norm > 0.5)                          # neuron x feature
+    return on.any(1).all(1) & on.any(2).all(1), on[..., 0].all(1)
+
+
+def wen_li_batch(y, without):
+    """w, the head and projhead's loss on 384 samples: every l, sign, mask and noise once. Each two columns are their own problem."""
+    X, kept = [], []                                      # patches 0, 1 are z v_l; 2, 3 noise, orthogonal to v_1 and v_2
+    for l, z, mask, k, flip in itertools.product([0, 1], [1, -1], itertools.combinations(range(4), 2), range(8), [1, -1]):
+        a, b = (48 ** (1 / 6) * WL_NOISE * f(math.pi / 4 * k) for f in (math.cos, math.sin))     # 8 points on a circle have the ...
+        X.append([[z * WL_ALPHA[0] * (1 - l), z * WL_ALPHA[1] * l, 0, 0]] * 2 + [[0, 0, a, b], [0, 0, flip * a, flip * b]])
+        kept.append([[p in mask] for p in range(4)])      # ... moments of a Gaussian, up to the 6th: 48 E cos^6 = 15
+    X, kept, S = torch.tensor(X, dtype=double), torch.tensor(kept), len(y)
+    w, head = y[:, :8].reshape(-1, 4).requires_grad_(), projhead.OffDiagonal(2 * S).double()
+    head.mask *= torch.block_diag(*[torch.ones(2, 2)] * S) * (without != "head")         # masked all over, p = z
+    head.A.data = torch.block_diag(*y[:, 8:].diag_embed().flip(-1))
+
+    def loss():                                           # the mean over columns, times S: of each problem its own loss
+        z1, z2 = (1000 * (x @ w.T).pow(3).sum(dim=1) for x in (X * kept, X * ~kept))     # where bn_mse's epsilon is nothing
+        if without == "normalization":
+            return S * F.mse_loss(head(z1), z2.detach()) / 1000 ** 2
+        other = projhead.bn_mse(z2, head(z1)) if without == "stop-gradient" else 0
+        return S * (projhead.bn_mse(head(z1), z2) + other)                       # both: the gradient of ||BN p - BN z||^2
+    return w, head, loss
+
+
+@pytest.mark.parametrize("without", WL_WITHOUT)
+def test_wen_li_flow_is_the_gradient_through_projhead(without):
+    y = wen_li_starts(0)[:40] + 0.1 * randn(40, 10)
+    w, head, loss = wen_li_batch(y, without)
+    loss().backward()
+    A = head.A.grad.view(40, 2, 40, 2)[range(40), :, range(40)]
+    assert A.diagonal(dim1=1, dim2=2).eq(0).all() and (A[:, 0, 1].ne(0).all() or without == "head")
+    torch.testing.assert_close(wen_li_flow(y, without), -torch.cat([w.grad.view(40, 8), A[:, [0, 1], [1, 0]]], dim=1),
+                               rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("eta, steps, median, most, outcomes", [(0.1, 3000, 0.15, 0.4, 2), (0.01, 1000, 0.003, 0.02, 0)])
+def test_wen_li_flow_agrees_with_plain_steps(eta, steps, median, most, outcomes):
+    """SGD through projhead, from 8 separated starts and 16 as drawn; at 0.1 it is at its edge of stability, at 0.01 not."""
+    starts = range(WL - 8, WL + 16)
+    w, head, loss = wen_li_batch(wen_li_starts(0)[starts], "nothing")
+    optimizer = torch.optim.SGD([w, head.A], lr=eta)                             # no weight decay
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    ours, plain = wen_li("nothing")[1][round(steps * eta / WL_ETA)][starts, :8], w.detach().view(-1, 8)
+    differ, (ours, _), (plain, _) = (ours - plain).abs().amax(dim=1), wen_li_outcome(ours), wen_li_outcome(plain)
+    print(f"\nat {eta}: w differs by {differ.median():.4f}, 90 % {differ.quantile(0.9):.4f}; both features in {ours.sum()}, {plain.sum()}")
+    assert differ.median() < median and differ.quantile(0.9) < most and (ours != plain).sum() <= outcomes
+
+
+@pytest.mark.parametrize("without", WL_WITHOUT)
+def test_wen_li(without):
+    """Head, stop-gradient and normalization together: both features, in time. Without any one of them: not."""
+    counts = torch.stack([torch.stack(wen_li_outcome(wen_li(without)[1][steps])) for steps in WL_STEPS[1:]])
+    (both, collapsed), (drawn, lost) = (counts[..., part].sum(-1).T.tolist() for part in (slice(WL), slice(WL, None)))
+    norm = wen_li(without)[0][-1, :, :8].unflatten(1, (2, 4)).norm(dim=-1)
+    print(f"\nwithout {without}, after {WL_STEPS[1:]} plain steps: both features in {both} of {WL} separated starts, {drawn} of "
+          f"{WL_DRAWN} as drawn; both neurons on v_1 in {collapsed}, {lost}; |w| {norm.min():.2f} to {norm.max():.2f}")
+    if without == "nothing":                              # as drawn, it is a matter of time for most, though not for all
+        assert both[0] >= 22 and both[-1] >= 31 and collapsed[-1] == 0
+        assert drawn[0] <= 95 and all(b - a >= 10 for a, b in zip(drawn, drawn[1:])) and drawn[-1] >= 145 and lost[-1] <= 70
+    elif without == "normalization":                      # w shrinks, from 1: complete collapse
+        assert both[-1] == drawn[-1] == 0 and norm.max() < 0.4
+    else:                                                 # time is of little help
+        assert both[-1] <= 1 and collapsed[-1] >= 30 and drawn[-1] - drawn[0] <= 30 and drawn[-1] <= 90 and lost[-1] >= 160
+
+
+def test_wen_li_the_head_leaves_the_identity_and_returns():
+    """Starts that collapse without the head and learn both features with it: E_21 grows until E_21 f_1 outweighs f_2 on v_1's
+    samples, which halts w_2 on v_1 and slows it less on v_2; so w_2 learns v_2 the faster, and E_21 goes back to 0."""
+    y, (both, collapsed) = wen_li("nothing")[0], wen_li_outcome(wen_li("nothing")[0][-1])
+    both_without, collapsed_without = wen_li_outcome(wen_li("head")[0][-1])
+    saved, harmed = (both & collapsed_without).nonzero().flatten(), (collapsed & both_without).sum()
+    y, n, S = y[:, saved], range(len(saved)), (saved < WL).sum()                 # the first S are separated
+    assert S >= 30 and len(saved) - S >= 75 and harmed <= 2
+    k = y[-1, :, [1, 5]].abs().argmax(dim=1)                                     # the neuron that takes v_2, mostly w_2
+    E, at = y[:, n, 8 + k].abs().max(dim=0)
+    peak, end = y[at, n], y[-1, :, 8:].abs().max()
+    outweighs = E * (peak[n, 4 - 4 * k] / peak[n, 4 * k]).abs() ** 3 > 1         # |E_21 f_1| > |f_2| where l = 1
+    rate, alone = ((wen_li_flow(a, "nothing") * peak.sign()).unflatten(1, (5, 2))[n, 2 * k]      # of |<w_2, v_1>|, |<w_2, v_2>|
+                   for a in (peak, F.pad(peak[:, :8], (0, 2))))                                  # with E, and without it
+    slowed, faster = (rate / alone).median(dim=0).values, [(a[:, 1] > a[:, 0]).double().mean() for a in (rate, alone)]
+    print(f"\nsaved {S} of {WL} separated starts, {len(saved) - S} of {WL_DRAWN} as drawn, harmed {harmed}; |E_21| up to {E.min():.3f} "
+          f"to {E.max():.3f}, the last |E| {end:.0e}; outweighs f_2 in {outweighs[:S].sum()}, {outweighs[S:].sum()}; w_2's rates on v_1, "
+          f"v_2 times {slowed[0]:.0e}, {slowed[1]:.2f}, v_2's the higher in {faster[0]:.0%} where {faster[1]:.0%} without E")
+    assert E.min() > 0.02 and end < 0.02 and outweighs[:S].sum() >= 27 and outweighs.double().mean() > 0.7
+    assert slowed[0] < 0.01 < 0.05 < slowed[1] and faster[0] > 0.95 and faster[1] < 0.6
+
+
 # ---------------------------------------------------------------------------- what README.md and others rely on
 
 def readme():
@@ -1828,9 +2575,15 @@ class Pairs(torch.utils.data.Dataset):
         return self.view(self.images[i]), self.view(self.images[i])
 
 
+def unhandled(_) -> None:
+    """A worker is not the run: it dies of a signal, without a word to the run's handler."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def pillow_views(images, args, steps, per_epoch, N, device):
     loader = torch.utils.data.DataLoader(Pairs(images, args), N, shuffle=True, drop_last=True, num_workers=WORKERS,
-                                         pin_memory=device.type == "cuda", persistent_workers=WORKERS > 0)
+                                         pin_memory=device.type == "cuda", persistent_workers=WORKERS > 0, worker_init_fn=unhandled)
     for _ in range(len(steps) // per_epoch):
         for x1, x2 in loader:
             yield torch.cat([x1, x2]).to(device, non_blocking=True, memory_format=torch.channels_last)

@@ -766,7 +766,7 @@ def load(path: Path) -> tuple[argparse.Namespace, int, list, dict]:
             if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
                 raise ValueError("compressed")
         with warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=str(path).isprintable())
         args, step, images = (checkpoint.pop(key) for key in ("args", "step", "images"))
         args = checked(args)
         with torch.device("meta"):                              # shapes and types, without memory
@@ -1079,19 +1079,21 @@ def signals():
     Python runs a handler only between two operations, and a backward pass is one: so a thread says at once that the step is
     being finished, and ends the process on a second signal.
     """
-    caught, count = [], 0
-    ends = os.pipe()
+    caught, before, ends = [], {}, os.pipe()
     os.set_blocking(ends[1], False)
     def watch():
         seen = 0
         while number := os.read(ends[0], 1):
+            if number[0] not in before:                         # a SIGCHLD, say, which another module handles
+                continue
             seen += 1
             if seen == 1:
                 note("\nfinishing the step, then saving")
             elif RANKS == 1:                                    # torchrun passes on what has come already
                 os._exit(128 + number[0])
     watcher = threading.Thread(target=watch, daemon=True)
-    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda number, _: caught.append(number))
     old = signal.set_wakeup_fd(ends[1])
     watcher.start()
     try:
@@ -1135,6 +1137,8 @@ def main(run) -> None:
     """Run a script's main function; what the user can mend is one line on stderr and exit code 2."""
     try:
         run()
+    except BrokenPipeError:                                     # eval.py ... | head
+        os._exit(1)
     except (UserError, OSError) as e:
         print(f"error: {printable(e)}", file=sys.stderr)
         sys.exit(2)
