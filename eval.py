@@ -431,7 +431,9 @@ def many_table(runs: list, question: dict, taps: bool, raw: bool) -> None:
     methods, start = {}, {}                             # {flags: [(rows, metrics)]}, {what an untrained encoder is: its row}
     for run in runs:
         rows, args = measured(run, question), run.args
-        methods.setdefault(tuple(f for f in train.flags(args) if not f.startswith("--seed ")), []).append((rows, metrics(run)))
+        head = (f"--head {args.head}",) if args.predictor == "none" else ()        # named also where it is the default
+        flags = head + tuple(f for f in train.flags(args) if f not in head and not f.startswith("--seed "))
+        methods.setdefault(flags, []).append((rows, metrics(run)))
         start[args.encoder, args.dataset, args.image_size, args.limit, args.seed] = rows[-1]
         if run.step < args.epochs * (run.images[0] // min(args.batch_size, run.images[0])):
             note(f"{run.path} is not finished: step {run.step}")
