@@ -49,7 +49,8 @@ def load_run(path, device="cpu") -> argparse.Namespace:
     args, step, images, found = train.load(path / "checkpoint.pt")
     model, untrained = train.build(args), train.build(args).f
     train.restore({name: part for name, part in train.tensors(model).items() if name != "target"}, found)
-    run = argparse.Namespace(path=path, args=args, step=step, images=images, encoder=model.f, head=model.g, predictor=model.q, untrained=untrained)
+    run = argparse.Namespace(path=path, args=args, step=step, images=images,
+                             encoder=model.f, head=model.g, predictor=model.q, untrained=untrained)
     for module in (run.encoder, run.head, run.predictor, run.untrained):
         module.to(device).eval().requires_grad_(False)
     return run
@@ -59,10 +60,16 @@ def layers(head: nn.Module) -> list[nn.Module]:
     return [m for m in head.modules() if not list(m.children())]
 
 
+def layer_name(run, tap: str) -> str:
+    """The class of the layer whose output a tap inside the head is; "" for the other taps."""
+    return type(layers(run.head)[int(tap[2:-1])]).__name__ if tap.startswith("g[") else ""
+
+
 def taps(run, x: Tensor) -> dict[str, Tensor]:
     """{tap: (N, dim)} of normalized images x (N, 3, S, S): h, g[0], g[1] ... the layers inside the head, z, and p."""
     h, inside = run.encoder(x.contiguous(memory_format=torch.channels_last)).float(), {}
-    hooks = [layer.register_forward_hook(lambda _, __, y, i=i: inside.update({f"g[{i}]": y})) for i, layer in enumerate(layers(run.head))]
+    hooks = [layer.register_forward_hook(lambda _, __, y, i=i: inside.update({f"g[{i}]": y}))
+             for i, layer in enumerate(layers(run.head))]
     z = run.head(h)
     for hook in hooks:
         hook.remove()
@@ -76,7 +83,8 @@ def features(run, images: Tensor, view=None, batch_size: int = 500) -> dict[str,
 
     run: what load_run returned, or a run's folder. view: a function uint8 (N, 3, S, S) -> normalized float32 in place of
     plain normalization. Images of another size than the run's are resized. Taps: h, g[0] ... (layers inside the head), z
-    where there is a head, p where there is a prediction head. Raises UserError where there is no run, RuntimeError if a parameter or buffer moved.
+    where there is a head, p where there is a prediction head. Raises UserError where there is no run or a feature is not
+    finite, RuntimeError if a parameter or buffer moved.
     """
     run = run if isinstance(run, argparse.Namespace) else load_run(run)
     modules = nn.ModuleList([run.encoder, run.head, run.predictor]).eval()
@@ -221,8 +229,8 @@ def load_data(run, dataset=None, data=None) -> tuple:
     """(images, labels, classes) of the training part and of the test part: the run's own, or another data set's. Of its own
     training part the images that the run was trained on. labels are (M, 1), or (M, 2) for shapes. Raises UserError."""
     args, own = run.args, dataset in (None, run.args.dataset)
-    parts = [train.read_dataset(dataset or args.dataset, data or (args.data if own else "data"), part, args.image_size, args.limit if own and part else None)
-             for part in (True, False)]
+    name, root = dataset or args.dataset, data or (args.data if own else "data")
+    parts = [train.read_dataset(name, root, part, args.image_size, args.limit if own and part else None) for part in (True, False)]
     if own and train.fingerprint(parts[0][0]) != run.images:
         note(f"{run.path} was trained on {run.images[0]} other images than the {len(parts[0][0])} training images here")
     return tuple((images, labels if labels.ndim == 2 else labels[:, None], classes) for images, labels, classes in parts)
@@ -232,7 +240,8 @@ def labelled(images: Tensor, labels: Tensor, part: str) -> tuple[Tensor, Tensor]
     """The images with a known label, and their labels; says on stderr how many have none."""
     known = (labels >= 0).all(1)
     if not known.all():
-        note(f"{len(known) - int(known.sum())} of {len(known)} {part} images have no label, or one that no training image has: no probe sees them")
+        note(f"{len(known) - int(known.sum())} of {len(known)} {part} images have no label, or one that no training image has: "
+             "no probe sees them")
     return images[known], labels[known]
 
 
@@ -257,9 +266,10 @@ def table(run, ks=(20, 200), dataset=None, data=None, show=lambda row: None) -> 
         def view(batch):
             return train.augment(batch, random, args.crop_scale, args.hue, args.grayscale)
         a, b = (features(source, images) if probed else None for images in (train_images, test_images))
-        every, view1, view2 = b if probed and len(test_images) == len(all_test) else features(source, all_test), *(features(source, all_test, view) for _ in "12")
+        every = b if probed and len(test_images) == len(all_test) else features(source, all_test)
+        view1, view2 = (features(source, all_test, view) for _ in "12")
         for tap in every:
-            row = {"tap": tap + name, "layer": type(layers(run.head)[int(tap[2:-1])]).__name__ if tap[0] == "g" else "", "dim": every[tap].shape[1]}
+            row = {"tap": tap + name, "layer": layer_name(run, tap), "dim": every[tap].shape[1]}
             for i, label in enumerate(names if probed else ()):
                 four = a[tap], train_labels[:, i].to(a[tap].device), b[tap], test_labels[:, i].to(a[tap].device)
                 working(f"{run.path}: {tap}{name}, linear probe{label}")
@@ -287,8 +297,8 @@ def carrying(run, images: Tensor, batches: int = 10) -> float:
     """How many of the D features of h carry 99 % of |dL/dh|^2 in a mini-batch; L is the run's objective. The mean over
     mini-batches of views as in training; the networks are in eval mode, and the target is the stop-gradient one."""
     model, N = train.Model(run.encoder, run.head, run.predictor, None), min(run.args.batch_size, len(images))
-    x, counts = train.two_views(images, run.args, range(batches), max(1, len(images) // N), N, next(run.encoder.parameters()).device), []
-    for batch in x:
+    device, counts = next(run.encoder.parameters()).device, []
+    for batch in train.two_views(images, run.args, range(batches), max(1, len(images) // N), N, device):
         h = run.encoder(batch).float().requires_grad_()
         train.objective(h, None, model, run.args).backward()
         counts.append(projhead.features_holding(h.grad.square().sum(dim=0)))
@@ -343,8 +353,7 @@ def transform_table(run, dataset=None, data=None, show=lambda row: None) -> list
                                   for seed, images in enumerate((train_images, test_images)))
             for tap in a:
                 working(f"{run.path}: {tap}{name}, {column}")
-                layer = type(layers(run.head)[int(tap[2:-1])]).__name__ if tap[0] == "g" else ""
-                row = rows.setdefault(tap + name, {"tap": tap + name, "layer": layer, "dim": a[tap].shape[1]})
+                row = rows.setdefault(tap + name, {"tap": tap + name, "layer": layer_name(run, tap), "dim": a[tap].shape[1]})
                 row[column], row["l2 " + column] = linear_probe(a[tap], a_y, b[tap], b_y)
     working("")
     chance = {column: 100 / classes for column, (_, classes) in TRANSFORMS.items()}
@@ -415,14 +424,14 @@ def columns_of(row: dict) -> list[str]:
 
 def one_table(run, question: dict) -> list[dict]:
     """Print a row for each tap of a run, when it is measured."""
-    columns = []
+    columns, widths = [], []
     def show(row):
         if not columns:
             columns.extend(key for key in columns_of(row) if not key.startswith("held_out"))
-            widths[:] = [11, max(5, *(len(type(layer).__name__) for layer in layers(run.head)))] + [max(5, len(key)) for key in columns[2:]]
+            named = max(5, *(len(type(layer).__name__) for layer in layers(run.head)))
+            widths.extend([11, named] + [max(5, len(key)) for key in columns[2:]])
             show_line(columns, widths), show_line(["-" * w for w in widths], widths)
         show_line([cell(key, [row[key]] if key in row else []) for key in columns], widths)
-    widths = []
     return measured(run, question, show)
 
 
@@ -453,7 +462,8 @@ def many_table(runs: list, question: dict, taps: bool, raw: bool) -> None:
         wide = [key for key in keys[3:] if key.startswith(("held_out", "linear", f"knn{question['ks'][-1]}", "rank"))]
         wide = [(key, tap) for key in wide for tap in ("h", "z") if tap == "h" or key.startswith(("linear", "rank"))]
         blocks = [("untrained", [row | {"tap": "h"} for row in start.values()], [{}] * len(start))]
-        blocks += [(name_of(method), [row for rows, _ in members for row in rows], [m for _, m in members]) for method, members in methods.items()]
+        blocks += [(name_of(method), [row for rows, _ in members for row in rows], [m for _, m in members])
+                   for method, members in methods.items()]
         for name, rows, extra in blocks:
             lines.append({"flags": name, "n": len(extra)} | {f"{key} {tap}": average(key, at(tap, rows)) for key, tap in wide}
                          | {key: average(key, extra) for key in ("pruned", "offdiag", "s/epoch")})
@@ -647,7 +657,8 @@ def draw_views(run, path, data=None, n: int = 8, k: int = 8) -> None:
     """Write a picture: the first n training images of the run, each with k views of it as training makes them."""
     images, args, g = load_data(run, None, data)[0][0][:n], run.args, train.generator(run.args.seed, 0, 1)
     mean, std = torch.tensor([train.MEAN, train.STD])[..., None, None]
-    views = [((train.augment(images, g, args.crop_scale, args.hue, args.grayscale) * std + mean).clamp(0, 1) * 255).round().to(torch.uint8) for _ in range(k)]
+    views = [train.augment(images, g, args.crop_scale, args.hue, args.grayscale) * std + mean for _ in range(k)]
+    views = [(view.clamp(0, 1) * 255).round().to(torch.uint8) for view in views]
     rows = [("", [(image, "image")] + [(view[i], f"view {j + 1}") for j, view in enumerate(views)]) for i, image in enumerate(images)]
     picture(rows, path, f"{run.path}: images and views of them")
 
@@ -673,13 +684,14 @@ def main() -> None:
     pictures = [flag for flag in ("neighbors", "views", "curves") if getattr(args, flag)]
     for clash, why in (
             (len(pictures) > 1, "draw one picture at a time"),
-            (pictures and (args.json or args.taps or args.raw or args.k or args.probe == "transform"), f"--{''.join(pictures)} draws a picture instead of a table"),
+            (pictures and (args.json or args.taps or args.raw or args.k or args.probe == "transform"),
+             f"--{''.join(pictures)} draws a picture instead of a table"),
             (pictures and pictures != ["curves"] and len(args.run) > 1, f"--{''.join(pictures)} takes one run"),
             (pictures and pictures != ["neighbors"] and args.dataset, f"--{''.join(pictures)}: is of the run's own data set"),
             (args.k and args.probe == "transform", "--k: there is kNN in the table of label probes only"),
             (args.json and (args.taps or args.raw), "--json has all taps and values"),
-            ((args.taps or args.raw or args.probe == "transform" and not args.json) and (len(args.run) > 1) != (args.taps or args.raw),
-             "--taps and --raw are for several runs, --probe transform is for one"),
+            ((args.taps or args.raw) and len(args.run) < 2, "--taps and --raw are for several runs"),
+            (args.probe == "transform" and len(args.run) > 1 and not args.json, "--probe transform is for one run, or with --json"),
             (args.dataset == "shapes" and args.data, "--data: shapes are drawn, not read")):
         if clash:
             raise UserError(why)

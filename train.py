@@ -162,28 +162,33 @@ def parser() -> Parser:
     p.add_argument("--predictor", choices=["none", *PREDICTORS], default="none",
                    help="prediction head; none: the loss is contrastive; identity: p = z (default: none)")
     p.add_argument("--loss", choices=LOSSES, help="(default: infonce; with --predictor identity or offdiag bn, with another cosine)")
-    p.add_argument("--target", choices=["stopgrad", "ema"], help="what a prediction is compared with: SimSiam's or BYOL's (default: stopgrad)")
+    p.add_argument("--target", choices=["stopgrad", "ema"],
+                   help="what a prediction is compared with: SimSiam's or BYOL's (default: stopgrad)")
     p.add_argument("--ema", type=fraction, help="the slow copy's momentum at the start; it ends at 1 (default: 0.99)")
     p.add_argument("--tau", type=number(float, 1e-3), help="temperature of infonce (default: 0.5)")
     p.add_argument("--inner-steps", type=number(int, 0), metavar="K",
                    help="steps on the heads before each encoder step; 0: joint training (default: 0; --head parametric: 2)")
-    p.add_argument("--head-lr", type=number(float, 0, 1e6), help="the head's learning rate, times the encoder's; 0: a frozen random head (default: 1)")
+    p.add_argument("--head-lr", type=number(float, 0, 1e6),
+                   help="the head's learning rate, times the encoder's; 0: a frozen random head (default: 1)")
     p.add_argument("--predictor-lr", type=number(float, 0, 1e6), help="the prediction head's, likewise (default: 1; offdiag: 10)")
     p.add_argument("--projector-bn", choices=["yes", "no"],
                    help="end g in a BatchNorm without affine (default: yes with a prediction head, unless --loss bn)")
-    p.add_argument("--sparsity", type=number(float, 0, 1e30), metavar="LAMBDA", help="weight of the sparsity penalty; 0: off (default: 0; --head sparse: 0.1)")
+    p.add_argument("--sparsity", type=number(float, 0, 1e30), metavar="LAMBDA",
+                   help="weight of the sparsity penalty; 0: off (default: 0; --head sparse: 0.1)")
     p.add_argument("--sparsity-norm", choices=NORMS, help="its norm; the functions are in projhead.py (default: l21)")
     p.add_argument("--dim", type=width, help="width of z (default: 128; --head slice: 360/2048 of h)")
     p.add_argument("--hidden", type=width, help="hidden width of the head (default: twice that of h)")
     p.add_argument("--encoder", choices=ENCODERS, help="(default: resnet18; for --dataset shapes convnet)")
-    p.add_argument("--dataset", choices=SIZES, default="shapes", help="shapes is drawn; cifar10, cifar100 and stl10 are downloaded (default: shapes)")
+    p.add_argument("--dataset", choices=SIZES, default="shapes",
+                   help="shapes is drawn; cifar10, cifar100 and stl10 are downloaded (default: shapes)")
     p.add_argument("--data", metavar="DIR", help="where the data set lies (default: data). folder: DIR/train and DIR/test or DIR/val, "
                    "else DIR, a fifth of which is kept for testing; subfolders are classes")
     p.add_argument("--limit", type=number(int, 2), metavar="N", help="only the first N training images (default: all)")
     p.add_argument("--image-size", type=number(int, 8, 512), help="a folder's images are resized and cropped to this (default: 64)")
     p.add_argument("--epochs", type=number(int, 1, 10**6), help="(default: 100; convnet 20; shapes with convnet 12)")
     p.add_argument("--batch-size", type=number(int, 2), help="images a step, two views each (default: 512; convnet: 256)")
-    p.add_argument("--lr", type=number(float, 0, 1e30), help="the encoder's peak learning rate for 256 images a step, scaled with the batch (default: 0.06)")
+    p.add_argument("--lr", type=number(float, 0, 1e30),
+                   help="the encoder's peak learning rate for 256 images a step, scaled with the batch (default: 0.06)")
     p.add_argument("--momentum", type=number(float, 0, 0.9999), help="(default: 0.9)")
     p.add_argument("--weight-decay", type=number(float, 0, 1e6), help="(default: 5e-4)")
     p.add_argument("--warmup", type=fraction, help="fraction of the steps in which the learning rate rises (default: 0.05)")
@@ -668,7 +673,7 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------- models and optimizers
 
-Model = collections.namedtuple("Model", "f g q target")         # encoder, projection head, prediction head, and BYOL's copy of (f, g) or None
+Model = collections.namedtuple("Model", "f g q target")         # target: BYOL's slow copy, Sequential(f, g), or None
 MODULES = ("encoder", "head", "predictor", "target")            # their names in a checkpoint
 
 
@@ -782,8 +787,10 @@ def load(path: Path) -> tuple[argparse.Namespace, int, list, dict]:
                 raise ValueError(name)
             for key, t in part.items():
                 ours = checkpoint[name][key]
-                if type(ours) is not Tensor or ours.layout != t.layout or (ours.dtype, ours.shape) != (t.dtype, t.shape) or not ours.isfinite().all():
+                if type(ours) is not Tensor or (ours.layout, ours.dtype, ours.shape) != (t.layout, t.dtype, t.shape):
                     raise ValueError(f"{name} {key}")
+                if not ours.isfinite().all():
+                    raise ValueError(f"{name} {key} is not finite")
     except Exception as e:
         raise UserError(f"{path} is not a checkpoint of ours ({type(e).__name__})") from None
     return args, step, images, checkpoint
@@ -861,7 +868,8 @@ def claim(out: Path, args) -> tuple | None:
         if (out / "checkpoint.pt").exists():
             found = load(out / "checkpoint.pt")
             old = vars(found[0])
-            differ = [f"--{k.replace('_', '-')} {old[k]} there, {v} here" for k, v in vars(args).items() if k not in PLACES and old[k] != v]
+            differ = [f"--{k.replace('_', '-')} {old[k]} there, {v} here"
+                      for k, v in vars(args).items() if k not in PLACES and old[k] != v]
             if differ:
                 why = " (the learning rate's schedule depends on the epochs)" * (old["epochs"] != args.epochs)
                 raise UserError(f"--out {out} holds another run: {'; '.join(differ)}{why}: choose another")
@@ -882,7 +890,8 @@ class Run:
         self.tensors, self.warned, self.saved_at = tensors(model, theta, phi), False, 0.0
         found = all_tell(self.images)
         if any(i != found[0] for i in found):
-            raise everywhere(UserError(f"the processes have different images: {', '.join(str(i[0]) for i in found)} of them, or other bytes"))
+            numbers = ", ".join(str(i[0]) for i in found)
+            raise everywhere(UserError(f"the processes have different images: {numbers} of them, or other bytes"))
 
     def start(self, checkpoint: tuple | None) -> int:
         """The step to start from: 0, with the first files written, or the checkpoint's."""
@@ -892,7 +901,8 @@ class Run:
         if checkpoint:
             _, step, images, found = checkpoint
             if images != self.images:
-                raise everywhere(UserError(f"--out {self.out} was trained on {images[0]} other images than the {self.images[0]} here: choose another"))
+                raise everywhere(UserError(f"--out {self.out} was trained on {images[0]} other images than the {self.images[0]} here: "
+                                           "choose another"))
             restore(self.tensors, found)
         first = {"command": command(), "args": vars(self.args), "images": self.images[0], "python": sys.version.split()[0],
                  "torch": torch.__version__, "torchvision": torchvision.__version__, "threads": torch.get_num_threads(), "processes": RANKS,
@@ -918,7 +928,8 @@ class Run:
         if step == self.first and eta > 3600 and self.device.type == "cpu":
             note(f"this will take about {eta / 3600:.0f} hours on this CPU; --encoder convnet --epochs 10 takes minutes")
         if sys.stdout.isatty():
-            say(f"\repoch {step // self.per_epoch + 1}/{self.args.epochs}  step {step % self.per_epoch + 1}/{self.per_epoch}  ETA {clock(eta)} ", end="")
+            say(f"\repoch {step // self.per_epoch + 1}/{self.args.epochs}  step {step % self.per_epoch + 1}/{self.per_epoch}  "
+                f"ETA {clock(eta)} ", end="")
         if i and not stopped and len(self.pending) < 100:
             return
         self.losses += self.look()
@@ -991,9 +1002,9 @@ class Run:
         self.saved_at = time.perf_counter()
 
     def finish(self) -> None:
-        if self.first >= self.total:
-            return say(f"{self.out} is finished: {self.args.epochs} epochs. Look at it: python eval.py {shlex.quote(str(self.out))}")
-        say(f"done in {clock(time.perf_counter() - self.began)}. Look at it: python eval.py {shlex.quote(str(self.out))}")
+        finished, took = self.first >= self.total, clock(time.perf_counter() - self.began)
+        what = f"{self.out} is finished: {self.args.epochs} epochs" if finished else f"done in {took}"
+        say(f"{what}. Look at it: python eval.py {shlex.quote(str(self.out))}")
 
 
 def read_log(path: Path, count: int) -> list[str]:
