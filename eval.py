@@ -41,7 +41,7 @@ PROBED = 10_000     # images of either part that --probe transform looks at, at 
 # ---------------------------------------------------------------------------- runs and features
 
 def load_run(path, device="cpu") -> argparse.Namespace:
-    """A run from its folder: .path, .args, .step, .images, and the frozen .encoder, .head and .predictor in eval mode, and
+    """A run from its folder: .path, .args, .step of .steps, .images, and the frozen .encoder, .head and .predictor in eval mode, and
     .untrained, the encoder before the first step. Only checkpoint.pt is read. Raises UserError."""
     path = Path(path).parent if Path(path).name == "checkpoint.pt" else Path(path)
     if not (path / "checkpoint.pt").is_file():
@@ -50,6 +50,7 @@ def load_run(path, device="cpu") -> argparse.Namespace:
     model, untrained = train.build(args), train.build(args).f
     train.restore({name: part for name, part in train.tensors(model).items() if name != "target"}, found)
     run = argparse.Namespace(path=path, args=args, step=step, images=images,
+                             steps=args.epochs * (images[0] // min(args.batch_size, images[0])),
                              encoder=model.f, head=model.g, predictor=model.q, untrained=untrained)
     for module in (run.encoder, run.head, run.predictor, run.untrained):
         module.to(device).eval().requires_grad_(False)
@@ -377,6 +378,8 @@ def transformed(run, images: Tensor, transform, classes: int, seed: int) -> tupl
 def measured(run, question: dict, show=lambda row: None) -> list[dict]:
     """The rows that answer the question {probe, ks, dataset, data}: from RUN/eval.json, if they are there for this checkpoint,
     else measured now and put there. show(row) is called for each."""
+    if (question["dataset"] or run.args.dataset) == "folder":           # the same place may hold other images now
+        question = question | {"folder": train.listing(Path(question["data"] or run.args.data))}
     file, key, results = run.path / "eval.json", json.dumps(question), {}
     crc = zlib.crc32((run.path / "checkpoint.pt").read_bytes())
     if file.is_file() and not file.is_symlink() and file.stat().st_size < 2**20:
@@ -422,14 +425,15 @@ def columns_of(row: dict) -> list[str]:
     return [key for key in row if not key.startswith("l2") and key not in ("seen", "spectrum", "carrying")]
 
 
-def one_table(run, question: dict) -> list[dict]:
-    """Print a row for each tap of a run, when it is measured."""
+def one_table(run, question: dict, title: str) -> list[dict]:
+    """Print the title, and a row for each tap of a run when it is measured."""
     columns, widths = [], []
     def show(row):
         if not columns:
             columns.extend(key for key in columns_of(row) if not key.startswith("held_out"))
             named = max(5, *(len(type(layer).__name__) for layer in layers(run.head)))
             widths.extend([11, named] + [max(5, len(key)) for key in columns[2:]])
+            train.say(title)
             show_line(columns, widths), show_line(["-" * w for w in widths], widths)
         show_line([cell(key, [row[key]] if key in row else []) for key in columns], widths)
     return measured(run, question, show)
@@ -442,13 +446,14 @@ def many_table(runs: list, question: dict, taps: bool, raw: bool) -> None:
         rows, args = measured(run, question), run.args
         head = (f"--head {args.head}",) if args.predictor == "none" else ()        # named also where it is the default
         flags = head + tuple(f for f in train.flags(args) if f not in head and not f.startswith("--seed "))
-        methods.setdefault(flags, []).append((rows, metrics(run)))
-        start[args.encoder, args.dataset, args.image_size, args.limit, args.seed] = rows[-1]
-        if run.step < args.epochs * (run.images[0] // min(args.batch_size, run.images[0])):
-            note(f"{run.path} is not finished: step {run.step}")
-    common = set.intersection(*map(set, methods)) if len(methods) > 1 else set()
+        flags += (f"--data {os.path.basename(args.data)}",) if args.dataset == "folder" else ()
+        methods.setdefault((flags, *run.images), []).append((rows, metrics(run)))
+        start[args.encoder, *run.images, args.seed] = rows[-1]
+        if run.step < run.steps:
+            note(f"{run.path} is not finished: step {run.step} of {run.steps}")
+    common = set.intersection(*(set(flags) for flags, *_ in methods)) if len(methods) > 1 else set()
     def name_of(method):
-        return "`" + (" ".join(flag for flag in method if flag not in common) or "as above") + "`"
+        return "`" + (" ".join(flag for flag in method[0] if flag not in common) or "as above") + "`"
     def average(key, rows):
         return cell(key, [row[key] for row in rows if key in row], raw)
     def at(tap, rows):
@@ -538,6 +543,8 @@ def save(image, path) -> None:
     if kind not in Image.SAVE:
         raise UserError(f"{path} names no type of picture that can be written: try out.png")
     image.save(buffer, kind)
+    if (Path(path).parent / "checkpoint.pt").exists():
+        raise UserError(f"{path} is in a run's folder, where nothing else may lie: choose another place")
     train.write(Path(path), buffer.getbuffer())
     train.say(f"{path}: {image.width} x {image.height} pixels")
 
@@ -644,7 +651,7 @@ def draw_neighbors(run, path, dataset=None, data=None, n: int = 8, k: int = 8) -
     for i in range(len(b["h"])):
         for tap in ("h", "z") if "z" in b else ("h",):
             cosine = F.normalize(a[tap], dim=1) @ F.normalize(b[tap][i], dim=0)
-            tiles = [(test_images[i], f"test: {name(test_labels[i])}") if tap == "h" else (None, "")]
+            tiles = [(test_images[i], f"test: {name(test_labels[i]) or 'no class'}") if tap == "h" else (None, "")]
             for j in cosine.topk(min(k, len(cosine))).indices.tolist():
                 same = test_labels[i, 0] >= 0 and test_labels[i, 0] == train_labels[j, 0]
                 tiles.append((train_images[j], name(train_labels[j]), *["green"] * bool(same)))
@@ -667,7 +674,7 @@ def draw_views(run, path, data=None, n: int = 8, k: int = 8) -> None:
 
 def main() -> None:
     p = train.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("run", nargs="*", metavar="RUN", help="runs' folders (default: the newest in runs/)")
+    p.add_argument("run", nargs="*", metavar="RUN", help="runs' folders (default: the newest in ./runs/)")
     p.add_argument("--dataset", choices=train.SIZES, help="other labelled images, through the same encoder (default: the run's)")
     p.add_argument("--data", metavar="DIR", help="where the data set lies (default: where the run found it)")
     p.add_argument("--probe", choices=["labels", "transform"], default="labels",
@@ -701,6 +708,10 @@ def main() -> None:
             raise UserError("no run in runs/: make one by python train.py, or name its folder")
         args.run = runs[-1:]
     runs = [load_run(path, train.usable(args.device)) for path in args.run]
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise UserError("a run is named twice")
+    if args.data and any((args.dataset or run.args.dataset) == "shapes" for run in runs):
+        raise UserError("--data: shapes are drawn, not read: name a --dataset")
     if args.neighbors:
         return draw_neighbors(runs[0], args.neighbors, args.dataset, args.data)
     if args.views:
@@ -716,8 +727,7 @@ def main() -> None:
     else:
         what = {"labels": "accuracies in percent, on test images; knn by cosine",
                 "transform": "accuracy in percent of linear probes for what was done to a test image"}
-        train.say(f"{runs[0].path}, step {runs[0].step}; {what[args.probe]}")
-        one_table(runs[0], question)
+        one_table(runs[0], question, f"{runs[0].path}, step {runs[0].step} of {runs[0].steps}; {what[args.probe]}")
 
 
 if __name__ == "__main__":

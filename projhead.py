@@ -126,7 +126,8 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int) -> Tensor:
     this leads to a bilevel form. The equation above is ours, and so are gradient steps, their number, warm start, the same
     batch [reading]. With InfoNCE both levels minimize the same L. So dL/dphi = 0 at phi*, and dL(theta, phi*(theta))/dtheta
     = dL/dtheta there (the envelope theorem): no implicit differentiation is needed. After a few steps phi is only near phi*,
-    and the step on theta is an approximation. Behind a stop-gradient there is no such L, and the inner steps are a heuristic.
+    and the step on theta is an approximation. With weight decay on phi read L + decay: it does not depend on theta. Behind a
+    stop-gradient there is no such L, and the inner steps are a heuristic.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")

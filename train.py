@@ -255,7 +255,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             setattr(args, flag, defaults(args)[flag])
     frozen = not args.head_lr and not args.predictor_lr
     for clash, flag, why in (
-            (args.predictor == "none" and args.loss != "infonce", "loss", f"{args.loss} needs a prediction head; --predictor identity adds none"),
+            (args.predictor == "none" and args.loss != "infonce", "loss", f"{args.loss} needs a prediction: add --predictor mlp, or identity for p = z"),
             (args.predictor == "none", "target", "only a prediction is compared with a target: add --predictor mlp"),
             (args.target != "ema", "ema", "needs --target ema"),
             (args.loss != "infonce", "tau", f"the loss {args.loss} has no temperature"),
@@ -323,7 +323,7 @@ def load_torchvision(name: str, root, train: bool, create: bool) -> tuple[Tensor
                     "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python"),
                     "stl10": (torchvision.datasets.STL10, "stl10_binary")}[name]
     part = dict(split="train+unlabeled" if train else "test") if name == "stl10" else dict(train=train)
-    there = (Path(root) / folder).exists()
+    there, made = (Path(root) / folder).exists(), not Path(root).exists()
     if not there and not create:
         raise UserError(f"no {folder} in {root}: name its folder by --data")
     try:
@@ -331,6 +331,9 @@ def load_torchvision(name: str, root, train: bool, create: bool) -> tuple[Tensor
             data = make(root, download=not there, **part)
     except Exception as e:          # torchvision raises many kinds here: RuntimeError, URLError, EOFError, UnpicklingError ...
         why = f"{type(e).__name__}: {e}".split("\n")[0]
+        if made:
+            with contextlib.suppress(OSError):
+                os.rmdir(root)                                  # torchvision has made it, and nothing is in it
         if there:
             raise UserError(f"{Path(root) / folder} is incomplete or corrupt ({why}); remove it to download again") from None
         raise UserError(f"no {folder} in {root}, and no download ({why}); name its folder by --data, or use --dataset shapes") from None
@@ -378,10 +381,10 @@ def load_folder(root: Path, train: bool, size: int, limit: int | None, create: b
         raise UserError(f"no images ({' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}) in {bases[not train]} to "
                         f"{'train' if train else 'test'} on")
     if train:
-        note(f"folder {root}: {len(found[0]):,} training and {len(found[1]):,} test images, {len(classes)} classes")
         if limit:
             check_limit(limit, "the folder", len(wanted))
             wanted = wanted[:limit]
+        note(f"folder {root}: {len(found[0]):,} training and {len(found[1]):,} test images, {len(classes)} classes")
     images, readable = decoded([f for f, _ in wanted], bases[not train], size, create)
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([number.get(name, -1) for _, name in wanted])
@@ -400,6 +403,11 @@ def image_files(base: Path):
         subfolders.sort()
         files = (Path(folder, name) for name in names if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS))
         yield from (f for f in files if f.is_file())
+
+
+def listing(root: Path) -> int:
+    """A checksum of the names, sizes and times of the images below root."""
+    return zlib.crc32(repr(sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in image_files(root))).encode(errors="replace"))
 
 
 def decoded(paths: list[Path], base: Path, size: int, create: bool) -> tuple[Tensor, Tensor]:
@@ -864,7 +872,7 @@ def claim(out: Path, args) -> tuple | None:
         entries = list(os.scandir(out))
         for entry in entries:
             if not re.fullmatch(rf"{OURS}|\.({OURS})\.[0-9a-f]{{16}}\.tmp", entry.name) or not entry.is_file(follow_symlinks=False):
-                raise UserError(f"--out {out} holds {entry.name}, which no run of ours does: choose another")
+                raise UserError(f"--out {out} holds {entry.name}, which no run of ours does: move it away, or choose another")
         if (out / "checkpoint.pt").exists():
             found = load(out / "checkpoint.pt")
             old = vars(found[0])
@@ -956,7 +964,7 @@ class Run:
         return values.tolist()
 
     def diverged(self, what: str, step: int, lr: float) -> UserError:
-        return UserError(f"{what} in step {step}, at a learning rate of {lr:.3g}: try a smaller --lr than {self.args.lr}; "
+        return UserError(f"{what} in step {step}, at a learning rate of {lr:.3g}: try a smaller --lr than {self.args.lr}{' or --sparsity' * bool(self.args.sparsity)}; "
                          f"{self.out} keeps what was saved before")
 
     def end_epoch(self, epoch: int, step: int, lr: float, h: Tensor, eta: float) -> None:
