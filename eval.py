@@ -16,6 +16,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends without a traceback
 
 import argparse
+import copy
 import functools
 import io
 import json
@@ -47,7 +48,8 @@ def load_run(path, device="cpu") -> argparse.Namespace:
     if not (path / "checkpoint.pt").is_file():
         raise UserError(f"no checkpoint.pt in {path}: name a run's folder, or make one by python train.py")
     args, step, images, found = train.load(path / "checkpoint.pt")
-    model, untrained = train.build(args), train.build(args).f
+    model = train.build(args)
+    untrained = copy.deepcopy(model.f)
     train.restore({name: part for name, part in train.tensors(model).items() if name != "target"}, found)
     run = argparse.Namespace(path=path, args=args, step=step, images=images,
                              steps=args.epochs * (images[0] // min(args.batch_size, images[0])),
@@ -379,7 +381,8 @@ def measured(run, question: dict, show=lambda row: None) -> list[dict]:
     """The rows that answer the question {probe, ks, dataset, data}: from RUN/eval.json, if they are there for this checkpoint,
     else measured now and put there. show(row) is called for each."""
     if (question["dataset"] or run.args.dataset) == "folder":           # the same place may hold other images now
-        question = question | {"folder": train.listing(Path(question["data"] or run.args.data))}
+        root = Path(question["data"] or run.args.data)
+        question = question | {"folder": train.listing(sorted(train.image_files(root)), root)}
     file, key, results = run.path / "eval.json", json.dumps(question), {}
     crc = zlib.crc32((run.path / "checkpoint.pt").read_bytes())
     if file.is_file() and not file.is_symlink() and file.stat().st_size < 2**20:
@@ -648,11 +651,11 @@ def draw_neighbors(run, path, dataset=None, data=None, n: int = 8, k: int = 8) -
     def name(labels):
         return classes[labels[0]] if labels[0] >= 0 else ""
     a, b, rows = features(run, train_images), features(run, test_images[:n]), []
+    cosines = {tap: F.normalize(b[tap], dim=1) @ F.normalize(a[tap], dim=1).T for tap in ("h", "z") if tap in b}      # n x M each
     for i in range(len(b["h"])):
-        for tap in ("h", "z") if "z" in b else ("h",):
-            cosine = F.normalize(a[tap], dim=1) @ F.normalize(b[tap][i], dim=0)
+        for tap in cosines:
             tiles = [(test_images[i], f"test: {name(test_labels[i]) or 'no class'}") if tap == "h" else (None, "")]
-            for j in cosine.topk(min(k, len(cosine))).indices.tolist():
+            for j in cosines[tap][i].topk(min(k, len(a[tap]))).indices.tolist():
                 same = test_labels[i, 0] >= 0 and test_labels[i, 0] == train_labels[j, 0]
                 tiles.append((train_images[j], name(train_labels[j]), *["green"] * bool(same)))
             rows.append((tap, tiles))
@@ -698,8 +701,7 @@ def main() -> None:
             (args.k and args.probe == "transform", "--k: there is kNN in the table of label probes only"),
             (args.json and (args.taps or args.raw), "--json has all taps and values"),
             ((args.taps or args.raw) and len(args.run) < 2, "--taps and --raw are for several runs"),
-            (args.probe == "transform" and len(args.run) > 1 and not args.json, "--probe transform is for one run, or with --json"),
-            (args.dataset == "shapes" and args.data, "--data: shapes are drawn, not read")):
+            (args.probe == "transform" and len(args.run) > 1 and not args.json, "--probe transform is for one run, or with --json")):
         if clash:
             raise UserError(why)
     if not args.run:

@@ -367,11 +367,12 @@ def load_folder(root: Path, train: bool, size: int, limit: int | None, create: b
     test = next((parts[name] for name in ("test", "val", "valid", "validation") if name in parts), None)
     root = parts.get("train", root)
     bases = [root, test] if test and "train" in parts else [root, root]
+    files = {base: list(image_files(base)) for base in bases}
     found = []                                          # [(path, its class's name or None)] of either part
     for base, training in zip(bases, (True, False)):
-        paths = list(image_files(base))
+        paths = files[base]
         crc = {f: zlib.crc32(str(f.relative_to(base)).encode(errors="replace")) for f in paths}
-        paths.sort(key=lambda f: (crc[f], f))           # mixed, so that the first N are of all classes
+        paths = sorted(paths, key=lambda f: (crc[f], f))        # mixed, so that the first N are of all classes
         if bases[0] is bases[1]:                        # an image does not change sides when others come or go
             paths = [f for f in paths if (crc[f] // 7 % 5 == 0) != training]
         found.append([(f, f.relative_to(base).parts[0] if f.parent != base else None) for f in paths])
@@ -405,9 +406,10 @@ def image_files(base: Path):
         yield from (f for f in files if f.is_file())
 
 
-def listing(root: Path) -> int:
-    """A checksum of the names, sizes and times of the images below root."""
-    return zlib.crc32(repr(sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in image_files(root))).encode(errors="replace"))
+def listing(paths, base: Path, *more) -> str:
+    """A hash of the paths below base, sizes and times of these files, in this order, and of what else it is to depend on."""
+    made_of = [(str(f.relative_to(base)), s.st_size, s.st_mtime_ns) for f in paths for s in [f.stat()]]
+    return hashlib.sha256(repr((*more, made_of)).encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def decoded(paths: list[Path], base: Path, size: int, create: bool) -> tuple[Tensor, Tensor]:
@@ -416,8 +418,7 @@ def decoded(paths: list[Path], base: Path, size: int, create: bool) -> tuple[Ten
     The file's name is a hash of what it was made of: paths below base, sizes, times. It holds a byte for each path, then the
     images. It is written as NAME.tmp, under a lock, and renamed when whole. Without `create` the images go to memory.
     """
-    made_of = [(str(f.relative_to(base)), s.st_size, s.st_mtime_ns) for f in paths for s in [f.stat()]]
-    file = CACHE / f"{hashlib.sha256(repr((size, made_of)).encode(errors='surrogatepass')).hexdigest()[:32]}.images"
+    file = CACHE / f"{listing(paths, base, size)}.images"
     def parts(whole):
         return whole[len(paths):].view(-1, 3, size, size), whole[:len(paths)].bool()
     def mapped():
@@ -434,7 +435,8 @@ def decoded(paths: list[Path], base: Path, size: int, create: bool) -> tuple[Ten
     temporary = file.with_suffix(".tmp")
     try:
         CACHE.mkdir(parents=True, exist_ok=True)
-        with open(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as f, exclusive(f.fileno(), wait=True):
+        with open(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as f:
+            lock(f.fileno(), wait=True)
             if not file.is_file():                      # else another process was decoding, and has finished
                 f.truncate(0)
                 decode(paths, size, f)
@@ -584,7 +586,8 @@ def augment(images: Tensor, generator: torch.Generator, crop_scale=0.2, hue=0.1,
     Crop of crop_scale to 1 of the area, resized back; flip; with probability 0.8 brightness, contrast and saturation
     by a factor in 0.6 to 1.4 and a hue shift up to +-hue turns; gray with probability grayscale; above 64 px a
     Gaussian blur with probability 0.5. Each is torchvision's own definition, but for floats and in batch: every
-    parameter is drawn per image, only the order of the four colour operations once per call.
+    parameter is drawn per image, only the order of the four colour operations once per call. Grayscale 0.1 is
+    simclr-cifar10's [code]; the other constants are ours [reading].
     Drawn on the generator's device; with a CPU generator the views are the same on every device. The images may be
     the share of one rank: then the parameters are that share of those of the whole batch.
     """
@@ -826,9 +829,8 @@ def restore(expected: dict, found: dict) -> None:
             t.copy_(found[name][key])
 
 
-@contextlib.contextmanager
-def exclusive(file: int, wait: bool = False):
-    """Hold the lock of an open file or folder; it ends with the process. Raises BlockingIOError where another process has it."""
+def lock(file: int, wait: bool = False) -> None:
+    """Lock an open file or folder, until it is closed or the process ends. Raises BlockingIOError where another process has it."""
     import fcntl
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -836,7 +838,6 @@ def exclusive(file: int, wait: bool = False):
         raise
     except OSError:
         pass                                                    # a file system without locks
-    yield
 
 
 @contextlib.contextmanager
@@ -851,12 +852,12 @@ def locked(out: Path):
             made = [p for p in (out, *out.parents) if not p.exists()]
             out.mkdir(parents=True, exist_ok=True)
             folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+            lock(folder)
+        except BlockingIOError:
+            raise UserError(f"--out {out}: another process is training there") from None
         except OSError as e:
             raise UserError(f"--out {out}: {e.strerror}") from None
-        with exclusive(folder):
-            yield
-    except BlockingIOError:
-        raise UserError(f"--out {out}: another process is training there") from None
+        yield
     finally:
         if folder is not None:
             os.close(folder)
