@@ -474,6 +474,7 @@ def many_table(runs: list, question: dict, taps: bool, raw: bool) -> None:
                    for method, members in methods.items()]
         for name, rows, extra in blocks:
             lines.append({"flags": name, "n": len(extra)} | {f"{key} {tap}": average(key, at(tap, rows)) for key, tap in wide}
+                         | {"carrying": average("carrying", at("h", rows))}
                          | {key: average(key, extra) for key in ("pruned", "offdiag", "s/epoch")})
     columns = [key for key in lines[0] if any(str(line[key]) for line in lines)]
     widths = [max(len(key), *(len(str(line[key])) for line in lines)) for key in columns]

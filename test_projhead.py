@@ -1416,6 +1416,7 @@ def test_many_runs_are_one_table(monkeypatch, capsys):
     assert pair(lines[1]["offdiag"]) == pytest.approx([log_of("d")[-1]["offdiag"]], abs=0.051) and lines[3]["linear shape z"] == ""
     raw = cells(evaluated("b a c --raw", monkeypatch, capsys))
     assert pair(raw[1]["rank h"]) == pytest.approx([rows[name]["h"]["rank"] for name in "ba"], abs=0.051)
+    assert pair(raw[1]["carrying"]) == pytest.approx([rows[name]["h"]["carrying"] for name in "ba"], abs=0.051) and raw[2]["carrying"] == ""
     taps = cells(evaluated("a b c --taps", monkeypatch, capsys))
     assert [line["tap"] for line in taps] == ["h", "g[0]", "g[1]", "z", "h untrained", "h", "h untrained"]
     assert pair(taps[3]["alignment"]) == pytest.approx([f([rows[n]["z"]["alignment"] for n in "ab"]) for f in (statistics.mean, statistics.stdev)], abs=0.0051)
