@@ -232,11 +232,16 @@ def load_data(run, dataset=None, data=None) -> tuple:
     """(images, labels, classes) of the training part and of the test part: the run's own, or another data set's. Of its own
     training part the images that the run was trained on. labels are (M, 1), or (M, 2) for shapes. Raises UserError."""
     args, own = run.args, dataset in (None, run.args.dataset)
-    name, root = dataset or args.dataset, data or (args.data if own else "data")
-    parts = [train.read_dataset(name, root, part, args.image_size, args.limit if own and part else None) for part in (True, False)]
+    parts = [train.read_dataset(dataset or args.dataset, place(run, data), part, args.image_size, args.limit if own and part else None)
+             for part in (True, False)]
     if own and train.fingerprint(parts[0][0]) != run.images:
         note(f"{run.path} was trained on {run.images[0]} other images than the {len(parts[0][0])} training images here")
     return tuple((images, labels if labels.ndim == 2 else labels[:, None], classes) for images, labels, classes in parts)
+
+
+def place(run, data=None) -> str:
+    """Where images are read: data, or where the run found its own, or "data"."""
+    return data or run.args.data or "data"
 
 
 def labelled(images: Tensor, labels: Tensor, part: str) -> tuple[Tensor, Tensor]:
@@ -381,7 +386,7 @@ def measured(run, question: dict, show=lambda row: None) -> list[dict]:
     """The rows that answer the question {probe, ks, dataset, data}: from RUN/eval.json, if they are there for this checkpoint,
     else measured now and put there. show(row) is called for each."""
     if (question["dataset"] or run.args.dataset) == "folder":           # the same place may hold other images now
-        root = Path(question["data"] or run.args.data)
+        root = Path(place(run, question["data"]))
         question = question | {"folder": train.listing(sorted(train.image_files(root)), root)}
     file, key, results = run.path / "eval.json", json.dumps(question), {}
     crc = zlib.crc32((run.path / "checkpoint.pt").read_bytes())
@@ -444,14 +449,17 @@ def one_table(run, question: dict, title: str) -> list[dict]:
 
 def many_table(runs: list, question: dict, taps: bool, raw: bool) -> None:
     """Print a row for each method, or for each tap of each: runs that differ in the seed alone are one row, sorted as given."""
-    methods, start = {}, {}                             # {flags: [(rows, metrics)]}, {what an untrained encoder is: its row}
+    kinds = sorted({run.args.dataset for run in runs})
+    if len(kinds) > 1 and not question["dataset"]:
+        raise UserError(f"the runs are of different data sets, {' and '.join(kinds)}: name one for all by --dataset")
+    methods, start = {}, {}                             # {flags: [(rows, metrics)]}, {encoder and images: {seed: the untrained row}}
     for run in runs:
         rows, args = measured(run, question), run.args
         head = (f"--head {args.head}",) if args.predictor == "none" else ()        # named also where it is the default
         flags = head + tuple(f for f in train.flags(args) if f not in head and not f.startswith("--seed "))
         flags += (f"--data {os.path.basename(args.data)}",) if args.dataset == "folder" else ()
         methods.setdefault((flags, *run.images), []).append((rows, metrics(run)))
-        start[args.encoder, *run.images, args.seed] = rows[-1]
+        start.setdefault((args.encoder, *run.images), {})[args.seed] = rows[-1]
         if run.step < run.steps:
             note(f"{run.path} is not finished: step {run.step} of {run.steps}")
     common = set.intersection(*(set(flags) for flags, *_ in methods)) if len(methods) > 1 else set()
@@ -469,7 +477,8 @@ def many_table(runs: list, question: dict, taps: bool, raw: bool) -> None:
     if not taps:
         wide = [key for key in keys[3:] if key.startswith(("held_out", "linear", f"knn{question['ks'][-1]}", "rank"))]
         wide = [(key, tap) for key in wide for tap in ("h", "z") if tap == "h" or key.startswith(("linear", "rank"))]
-        blocks = [("untrained", [row | {"tap": "h"} for row in start.values()], [{}] * len(start))]
+        blocks = [("untrained" + f" {encoder}, {M} images" * (len(start) > 1), [row | {"tap": "h"} for row in seeds.values()], [{}] * len(seeds))
+                  for (encoder, M, _), seeds in start.items()]
         blocks += [(name_of(method), [row for rows, _ in members for row in rows], [m for _, m in members])
                    for method, members in methods.items()]
         for name, rows, extra in blocks:
@@ -680,7 +689,7 @@ def main() -> None:
     p = train.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("run", nargs="*", metavar="RUN", help="runs' folders (default: the newest in ./runs/)")
     p.add_argument("--dataset", choices=train.SIZES, help="other labelled images, through the same encoder (default: the run's)")
-    p.add_argument("--data", metavar="DIR", help="where the data set lies (default: where the run found it)")
+    p.add_argument("--data", metavar="DIR", help="where the data set lies (default: where the run found its own, else data)")
     p.add_argument("--probe", choices=["labels", "transform"], default="labels",
                    help="what linear probes are for: the labels, or rotation, flip, gray and quadrant of the image (default: labels)")
     p.add_argument("--k", type=train.number(int, 1), nargs="+", help="neighbours for kNN (default: 20 200)")

@@ -1414,6 +1414,8 @@ def test_many_runs_are_one_table(monkeypatch, capsys):
         values = [rows[name]["h untrained"][key] for name in "abd"]
         assert pair(lines[0][f"{key} h"]) == pytest.approx([statistics.mean(values), statistics.stdev(values)], abs=0.051)
     assert pair(lines[1]["offdiag"]) == pytest.approx([log_of("d")[-1]["offdiag"]], abs=0.051) and lines[3]["linear shape z"] == ""
+    run("--head none --limit 8", "few")                 # its probes see fewer images: no mean over both
+    assert [line["flags"] for line in cells(evaluated("a few", monkeypatch, capsys))][:2] == ["untrained convnet, 16 images", "untrained convnet, 8 images"]
     raw = cells(evaluated("b a c --raw", monkeypatch, capsys))
     assert pair(raw[1]["rank h"]) == pytest.approx([rows[name]["h"]["rank"] for name in "ba"], abs=0.051)
     assert pair(raw[1]["carrying"]) == pytest.approx([rows[name]["h"]["carrying"] for name in "ba"], abs=0.051) and raw[2]["carrying"] == ""
@@ -1462,6 +1464,17 @@ def test_transfer_to_a_folder_of_pictures(monkeypatch, capsys):
     assert {f for f in files() if f not in before} == {Path("run/eval.json")} and not train.CACHE.exists()      # which alone is written
     images, labels, classes = evaluation.load_data(evaluation.load_run("run"), "folder", "pictures")[0]
     assert images.shape[1:] == (3, 32, 32) and labels.shape == (len(images), 1) and classes == ["a", "b"] and len(images) > 16
+    asked = "run", "--dataset", "folder"                # without --data: ./data
+    code, error = evaluates(monkeypatch, capsys, *asked)
+    assert code == 2 and error.startswith("error: no folder data")
+    seen = []
+    for M in (40, 60):
+        pictures("data", M)                             # more in the same place
+        seen.append(evaluated(" ".join(asked), monkeypatch, capsys))
+    assert seen[0] != seen[1]
+    run("--dataset folder --data pictures --image-size 16 --encoder convnet --head linear --epochs 1", "other")
+    code, error = evaluates(monkeypatch, capsys, "run", "other")
+    assert code == 2 and "folder and shapes" in error
 
 
 def sheet_of(path):
@@ -2235,6 +2248,16 @@ def test_data_that_moved(monkeypatch, capsys):
     assert tree(train.CACHE) == cache
     code, error = evaluates(monkeypatch, capsys, "whole", "--data", "q")
     assert code == 0 and "other images" in error
+
+
+def test_a_failed_download_leaves_nothing(monkeypatch, capsys):
+    def failing(url, root, **_):
+        os.makedirs(root)
+        raise OSError("no network")
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", failing)
+    before = tree()
+    refused(lambda: run("--dataset cifar10 --encoder convnet --data a/b/c"), capsys, "no network")
+    assert tree() == before and not Path("a").exists()
 
 
 # ---------------------------------------------------------------------------- an adversary: the terminal and signals

@@ -323,7 +323,7 @@ def load_torchvision(name: str, root, train: bool, create: bool) -> tuple[Tensor
                     "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python"),
                     "stl10": (torchvision.datasets.STL10, "stl10_binary")}[name]
     part = dict(split="train+unlabeled" if train else "test") if name == "stl10" else dict(train=train)
-    there, made = (Path(root) / folder).exists(), not Path(root).exists()
+    there, missing = (Path(root) / folder).exists(), [d for d in (Path(root), *Path(root).parents) if not d.exists()]
     if not there and not create:
         raise UserError(f"no {folder} in {root}: name its folder by --data")
     try:
@@ -331,9 +331,9 @@ def load_torchvision(name: str, root, train: bool, create: bool) -> tuple[Tensor
             data = make(root, download=not there, **part)
     except Exception as e:          # torchvision raises many kinds here: RuntimeError, URLError, EOFError, UnpicklingError ...
         why = f"{type(e).__name__}: {e}".split("\n")[0]
-        if made:
+        for made in missing:                                    # torchvision has made it, and nothing is in it
             with contextlib.suppress(OSError):
-                os.rmdir(root)                                  # torchvision has made it, and nothing is in it
+                made.rmdir()
         if there:
             raise UserError(f"{Path(root) / folder} is incomplete or corrupt ({why}); remove it to download again") from None
         raise UserError(f"no {folder} in {root}, and no download ({why}); name its folder by --data, or use --dataset shapes") from None
