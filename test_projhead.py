@@ -112,13 +112,30 @@ def networks(flags, dtype=double):
     return args, model, *train.optimizers(model, args)
 
 
-def one_line_error(action, capsys):
-    """The line that a script ends with, exit code 2."""
+def ends(action, capsys, seconds=60):
+    """(exit code, stderr) of a script's main function that is to end in time, without a traceback or more than one line of errors."""
+    def late(*_):
+        raise AssertionError("it hangs")
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
+    code, before = 0, signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
         train.main(action)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        signal.alarm(0), signal.signal(signal.SIGALRM, before)
+    out, error = capsys.readouterr()
+    error = "".join(line for line in error.splitlines(True) if not line.startswith(("folder ", "warning: the features collapse")))
+    assert code in (0, 2) and (code == 2) == error.startswith("error: ") and (code == 0 or error.count("\n") == 1), (code, error)
+    assert not set(out + error) & {"\x1b", "\0"}, (out, error)
+    return code, error
+
+
+def refused(action, capsys, *words):
+    """The line of stderr that a script ends with, exit code 2; the words are in it."""
+    code, error = ends(action, capsys)
+    assert code == 2 and all(word in error for word in words), (code, error)
     return error
 
 
@@ -860,7 +877,7 @@ def test_a_full_disk_loses_nothing(hasty, capsys):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "save", full)
-            error = one_line_error(lambda: run("--head mlp --epochs 4", "parts"), capsys)
+            error = refused(lambda: run("--head mlp --epochs 4", "parts"), capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "parts/checkpoint.pt" in error and "File too large" in error
@@ -895,7 +912,7 @@ def test_eval_reads_whole_checkpoints_of_a_run_that_is_being_written():
 
 def test_out_of_memory_names_the_batch_size(monkeypatch, capsys):
     monkeypatch.setattr(projhead.ConvNet, "forward", lambda self, x: torch.empty(2**60))        # the CPU allocator's own error
-    assert "--batch-size" in one_line_error(lambda: run("--head mlp"), capsys)
+    refused(lambda: run("--head mlp"), capsys, "--batch-size")
 
 
 def test_a_collapsing_run_warns_once_and_goes_on(capsys):
@@ -1099,7 +1116,7 @@ def test_a_run_of_other_images_is_not_continued(monkeypatch, capsys):
     images[3, 0, 5, 5] += 1
     monkeypatch.setattr(train, "draw_shapes", lambda M, seed: (images, SETS[M][1]))
     before = files()
-    one_line_error(lambda: run(flags), capsys)
+    refused(lambda: run(flags), capsys)
     assert files() == before
 
 
@@ -1140,7 +1157,7 @@ def test_the_encoder_of_a_checkpoint_loads_without_us():
 
 
 def test_a_diverging_run_stops_and_keeps_what_it_has(capsys):
-    error = one_line_error(lambda: run("--head none --lr 1e30 --warmup 0 --epochs 3"), capsys)
+    error = refused(lambda: run("--head none --lr 1e30 --warmup 0 --epochs 3"), capsys)
     assert re.search(r"the loss is (nan|inf) in step 2\b", error) and f"{train.learning_rate(1, 6, 1e30 * 8 / 256, 0):.3g}" in error
     checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 0 and all(v.isfinite().all() for v in tensors(checkpoint).values())
@@ -1721,7 +1738,7 @@ def test_bad_input_is_one_line_and_loses_nothing(monkeypatch, capsys):
     before = files()
     for flags in (flags.strip() for line in BAD.strip().splitlines() for flags in line.split("|")):
         base = ["--limit", "16", "--batch-size", "8", "--epochs", "2"] if "finished" in flags else []
-        one_line_error(lambda: train.train(train.parse_args([*base, *flags.split()])), capsys)
+        refused(lambda: train.train(train.parse_args([*base, *flags.split()])), capsys)
         assert files() == before, flags
 
 
@@ -1731,7 +1748,7 @@ def test_random_values_for_every_flag_are_taken_or_refused_in_one_line(capsys):
     flags = sorted(set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"})
     values = ["", "-1", "0", "1", "2", "0.5", "1e-9", "nan", "inf", "-inf", "1e999", "1e308", "1" + 40 * "0", "0x10", "mlp", "none", "ä", "a b",
               "--", "%s", "None", "True", "[]", "../..", "~"]
-    draw, refused, messages = random.Random(0), 0, set()
+    draw, count, messages = random.Random(0), 0, set()
     for _ in range(500):
         words = [w for flag in draw.sample(flags, draw.randint(1, 3)) for w in (flag, draw.choice(values))]
         try:
@@ -1739,13 +1756,13 @@ def test_random_values_for_every_flag_are_taken_or_refused_in_one_line(capsys):
             assert args.epochs >= 1 and args.batch_size >= 2 and 0 <= args.hue <= 0.5 and math.isfinite(args.lr), words
             assert args == train.parse_args(words)
         except train.UserError as e:
-            refused += 1
+            count += 1
             messages.add(str(e))
             assert "\n" not in str(e) and str(e), words
-    assert len(flags) <= 34 and 150 < refused < 500 and len(messages) > 80
+    assert len(flags) <= 34 and 150 < count < 500 and len(messages) > 80
     before = sorted(Path(".").rglob("*"))
     for words in (["--out", "x" * 300], ["--out", "/proc/nothing/here"], ["--data", "x" * 300, "--dataset", "folder"], ["--device", "ä"]):
-        one_line_error(lambda: train.train(train.parse_args(words)), capsys)
+        refused(lambda: train.train(train.parse_args(words)), capsys)
     assert sorted(Path(".").rglob("*")) == before
 
 
@@ -1766,40 +1783,15 @@ def test_eval_refuses_in_one_line(monkeypatch, capsys):
     before = files()
     for words in (words.strip() for line in EVAL_BAD.strip("\n").splitlines() for words in line.split("|")):
         monkeypatch.setattr(sys, "argv", ["eval.py", *words.split()])
-        one_line_error(evaluation.main, capsys)
+        refused(evaluation.main, capsys)
         assert files() == before, words
 
 
 # ---------------------------------------------------------------------------- an adversary: helpers
 
-def ends(action, capsys, seconds=60):
-    """(exit code, stderr) of a script's main function that is to end in time, without a traceback or more than one line of errors."""
-    def late(*_):
-        raise AssertionError("it hangs")
-    capsys.readouterr()
-    code, before = 0, signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        train.main(action)
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        signal.alarm(0), signal.signal(signal.SIGALRM, before)
-    out, error = capsys.readouterr()
-    error = "".join(line for line in error.splitlines(True) if not line.startswith(("folder ", "warning: the features collapse")))
-    assert code in (0, 2) and (code == 2) == error.startswith("error: ") and (code == 0 or error.count("\n") == 1), (code, error)
-    assert not set(out + error) & {"\x1b", "\0"}, (out, error)
-    return code, error
-
-
 def evaluates(monkeypatch, capsys, *words, **kwargs):
     monkeypatch.setattr(sys, "argv", ["eval.py", *words])
     return ends(evaluation.main, capsys, **kwargs)
-
-
-def refused(action, capsys, *words):
-    code, error = ends(action, capsys)
-    assert code == 2 and all(word in error for word in words), (code, error)
 
 
 def tree(root="."):
