@@ -171,7 +171,7 @@ def l21(W: Tensor) -> Tensor:
     """sum_i ||W_:,i|| / ||W||_F over input features i: W (out, in) -> 1 to sqrt(in), NaN where W is 0. [reading]
 
     The division makes it free of W's scale. Without it shrinking all of W lowers the penalty, which costs nothing where a
-    normalization follows, and prunes nothing.
+    normalization follows.
     """
     return W.norm(dim=0).sum() / W.norm()
 
