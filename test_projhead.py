@@ -112,8 +112,9 @@ def networks(flags, dtype=double):
     return args, model, *train.optimizers(model, args)
 
 
-def ends(action, capsys, seconds=60):
-    """(exit code, stderr) of a script's main function that is to end in time, without a traceback or more than one line of errors."""
+def ends(action, capsys, seconds=60, besides=("folder ", "warning: the features collapse")):
+    """(exit code, stderr) of a script's main function that is to end in time, without a traceback or more than one line of errors.
+    Lines of stderr that begin with one of `besides` are left out."""
     def late(*_):
         raise AssertionError("it hangs")
     capsys.readouterr()
@@ -126,16 +127,21 @@ def ends(action, capsys, seconds=60):
     finally:
         signal.alarm(0), signal.signal(signal.SIGALRM, before)
     out, error = capsys.readouterr()
-    error = "".join(line for line in error.splitlines(True) if not line.startswith(("folder ", "warning: the features collapse")))
+    error = "".join(line for line in error.splitlines(True) if not line.startswith(besides))
     assert code in (0, 2) and (code == 2) == error.startswith("error: ") and (code == 0 or error.count("\n") == 1), (code, error)
     assert not set(out + error) & {"\x1b", "\0"}, (out, error)
     return code, error
 
 
 def refused(action, capsys, *words):
-    """The line of stderr that a script ends with, exit code 2; the words are in it."""
     code, error = ends(action, capsys)
     assert code == 2 and all(word in error for word in words), (code, error)
+
+
+def one_line_error(action, capsys):
+    """The line that a script ends with, exit code 2; nothing else is on stderr."""
+    code, error = ends(action, capsys, besides=())
+    assert code == 2, (code, error)
     return error
 
 
@@ -877,7 +883,7 @@ def test_a_full_disk_loses_nothing(hasty, capsys):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "save", full)
-            error = refused(lambda: run("--head mlp --epochs 4", "parts"), capsys)
+            error = one_line_error(lambda: run("--head mlp --epochs 4", "parts"), capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "parts/checkpoint.pt" in error and "File too large" in error
@@ -912,7 +918,7 @@ def test_eval_reads_whole_checkpoints_of_a_run_that_is_being_written():
 
 def test_out_of_memory_names_the_batch_size(monkeypatch, capsys):
     monkeypatch.setattr(projhead.ConvNet, "forward", lambda self, x: torch.empty(2**60))        # the CPU allocator's own error
-    refused(lambda: run("--head mlp"), capsys, "--batch-size")
+    assert "--batch-size" in one_line_error(lambda: run("--head mlp"), capsys)
 
 
 def test_a_collapsing_run_warns_once_and_goes_on(capsys):
@@ -1116,7 +1122,7 @@ def test_a_run_of_other_images_is_not_continued(monkeypatch, capsys):
     images[3, 0, 5, 5] += 1
     monkeypatch.setattr(train, "draw_shapes", lambda M, seed: (images, SETS[M][1]))
     before = files()
-    refused(lambda: run(flags), capsys)
+    one_line_error(lambda: run(flags), capsys)
     assert files() == before
 
 
@@ -1157,7 +1163,7 @@ def test_the_encoder_of_a_checkpoint_loads_without_us():
 
 
 def test_a_diverging_run_stops_and_keeps_what_it_has(capsys):
-    error = refused(lambda: run("--head none --lr 1e30 --warmup 0 --epochs 3"), capsys)
+    error = one_line_error(lambda: run("--head none --lr 1e30 --warmup 0 --epochs 3"), capsys)
     assert re.search(r"the loss is (nan|inf) in step 2\b", error) and f"{train.learning_rate(1, 6, 1e30 * 8 / 256, 0):.3g}" in error
     checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 0 and all(v.isfinite().all() for v in tensors(checkpoint).values())
@@ -1738,7 +1744,7 @@ def test_bad_input_is_one_line_and_loses_nothing(monkeypatch, capsys):
     before = files()
     for flags in (flags.strip() for line in BAD.strip().splitlines() for flags in line.split("|")):
         base = ["--limit", "16", "--batch-size", "8", "--epochs", "2"] if "finished" in flags else []
-        refused(lambda: train.train(train.parse_args([*base, *flags.split()])), capsys)
+        one_line_error(lambda: train.train(train.parse_args([*base, *flags.split()])), capsys)
         assert files() == before, flags
 
 
@@ -1748,7 +1754,7 @@ def test_random_values_for_every_flag_are_taken_or_refused_in_one_line(capsys):
     flags = sorted(set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"})
     values = ["", "-1", "0", "1", "2", "0.5", "1e-9", "nan", "inf", "-inf", "1e999", "1e308", "1" + 40 * "0", "0x10", "mlp", "none", "ä", "a b",
               "--", "%s", "None", "True", "[]", "../..", "~"]
-    draw, count, messages = random.Random(0), 0, set()
+    draw, refused, messages = random.Random(0), 0, set()
     for _ in range(500):
         words = [w for flag in draw.sample(flags, draw.randint(1, 3)) for w in (flag, draw.choice(values))]
         try:
@@ -1756,13 +1762,13 @@ def test_random_values_for_every_flag_are_taken_or_refused_in_one_line(capsys):
             assert args.epochs >= 1 and args.batch_size >= 2 and 0 <= args.hue <= 0.5 and math.isfinite(args.lr), words
             assert args == train.parse_args(words)
         except train.UserError as e:
-            count += 1
+            refused += 1
             messages.add(str(e))
             assert "\n" not in str(e) and str(e), words
-    assert len(flags) <= 34 and 150 < count < 500 and len(messages) > 80
+    assert len(flags) <= 34 and 150 < refused < 500 and len(messages) > 80
     before = sorted(Path(".").rglob("*"))
     for words in (["--out", "x" * 300], ["--out", "/proc/nothing/here"], ["--data", "x" * 300, "--dataset", "folder"], ["--device", "ä"]):
-        refused(lambda: train.train(train.parse_args(words)), capsys)
+        one_line_error(lambda: train.train(train.parse_args(words)), capsys)
     assert sorted(Path(".").rglob("*")) == before
 
 
@@ -1783,7 +1789,7 @@ def test_eval_refuses_in_one_line(monkeypatch, capsys):
     before = files()
     for words in (words.strip() for line in EVAL_BAD.strip("\n").splitlines() for words in line.split("|")):
         monkeypatch.setattr(sys, "argv", ["eval.py", *words.split()])
-        refused(evaluation.main, capsys)
+        one_line_error(evaluation.main, capsys)
         assert files() == before, words
 
 
