@@ -255,8 +255,7 @@ def bn_mse(p: Tensor, z: Tensor, eps: float = 1e-12) -> Tensor:
 class MLPPredictor(nn.Sequential):
     """p = W2 relu(BN(W1 z)): (N, d) -> (N, d), the form of SimSiam's and BYOL's predictor. [paper]
 
-    The hidden width is d/4, as SimSiam's 512 of 2048 [paper]; BYOL's is wider than z, 4096 for 256 [paper]. Raises ValueError
-    for N = 1 in training.
+    The hidden width is d/4 [reading]. Raises ValueError for N = 1 in training.
     """
 
     def __init__(self, d: int):
