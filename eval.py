@@ -304,10 +304,10 @@ def spectrum(h: Tensor) -> list[float]:
 def carrying(run, images: Tensor, batches: int = 10) -> float:
     """How many of the D features of h carry 99 % of |dL/dh|^2 in a mini-batch; L is the run's objective. The mean over
     mini-batches of views as in training; the networks are in eval mode, and the target is the stop-gradient one."""
-    model, N = train.Model(run.encoder, run.head, run.predictor, None), min(run.args.batch_size, len(images))
+    model, N = train.Model(run.encoder, run.head, run.predictor, None, None), min(run.args.batch_size, len(images))
     device, counts = next(run.encoder.parameters()).device, []
     for batch in train.two_views(images, run.args, range(batches), max(1, len(images) // N), N, device):
-        h = run.encoder(batch).float().requires_grad_()
+        h = run.encoder(batch[0]).float().requires_grad_()
         train.objective(h, None, model, run.args).backward()
         counts.append(projhead.features_holding(h.grad.square().sum(dim=0)))
     return statistics.mean(counts)

@@ -7,16 +7,19 @@
     p = q(z)   prediction head           (N, d)    discarded; without one the loss is contrastive
 
     1  NoHead, LinearHead, MLP, nt_xent    SimCLR (2002.05709)               the heads that all others are compared with
-    2  fit_head                            Gupta et al. 2022 (2212.11491)    the head as a parametric component of InfoNCE
+    2  fit_head, unroll_head               Gupta et al. 2022 (2212.11491)    the head as a parametric component of InfoNCE
     3  SparseHead, sparsity                Song et al. 2023 (2307.08913)     a regularizer makes the head sparse
     4  OffDiagonal, bn_mse                 Wen & Li 2022 (2205.06226)        starts as the identity, only off-diagonal entries train
     5  MLPPredictor, negative_cosine       SimSiam (2011.10566), BYOL (2006.07733)
+       barlow                              Barlow Twins (2103.03230)         a loss without negatives or predictor
     6  SliceHead, ReweightHead, TopKHead, DiscreteHead, LinearPredictor, DirectPred       other papers' heads, and a control
-    7  effective_rank, alignment, uniformity, ...      RankMe (2210.02885), Wang & Isola (2005.10242)      measures
+    7  effective_rank, alignment, uniformity, variance_fractions, ...        RankMe (2210.02885), Wang & Isola (2005.10242)
 
 Each docstring names its source: [paper] the paper states it, [code] a constant or formula of released code, [reading]
 our choice where the sources that we had are silent. "Needs" names what else to copy with a class or function.
 """
+import functools
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -27,12 +30,13 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------- 1  SimCLR
 
 class ConvNet(nn.Sequential):
-    """A small encoder that trains in minutes on a CPU: (N, 3, H, W) -> (N, 128), H and W at least 8. [reading]
+    """A small encoder that trains in minutes on a CPU: (N, 3, H, W) -> (N, widths[-1]), H and W at least 8. [reading]
 
     A stage is convolution, pooling (not in the last), BatchNorm, ReLU. Pooling first leaves BatchNorm a quarter of the work.
+    The last width is ResNet-18's 512: more than the 128 of z, so that h has room for what the loss does not ask for.
     """
 
-    def __init__(self, widths=(16, 32, 64, 128)):
+    def __init__(self, widths=(16, 32, 64, 512)):
         layers, width = [], 3
         for i, w in enumerate(widths):
             layers += [nn.Conv2d(width, w, 3, padding=1, bias=False)]
@@ -53,7 +57,7 @@ def encoder(arch: str = "resnet18", image_size: int = 32) -> nn.Module:
     if arch not in ENCODERS:
         raise ValueError(f"unknown encoder {arch!r}: choose from {', '.join(ENCODERS)}")
     f = ENCODERS[arch]()
-    if arch == "convnet":
+    if isinstance(f, ConvNet):
         return f
     if image_size <= 64:
         f.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
@@ -68,13 +72,6 @@ class NoHead(nn.Sequential):
 
     def __init__(self, D: int):
         super().__init__()
-
-
-class LinearHead(nn.Sequential):
-    """z = W h: (N, D) -> (N, d). SimCLR's linear head [paper]; without bias [reading]."""
-
-    def __init__(self, D: int, d: int = 128):
-        super().__init__(nn.Linear(D, d, bias=False))
 
 
 class MLP(nn.Sequential):
@@ -95,6 +92,13 @@ class MLP(nn.Sequential):
         super().__init__(*layers[:-1])                              # no ReLU at the end
 
 
+class LinearHead(MLP):
+    """z = W h + b: (N, D) -> (N, d). SimCLR's linear head [paper]; the bias is ours [reading]. Needs MLP."""
+
+    def __init__(self, D: int, d: int = 128):
+        super().__init__(D, d, depth=1)
+
+
 def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.5) -> Tensor:
     """InfoNCE as in SimCLR: -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) ), mean over the 2N anchors i. [paper]
 
@@ -113,30 +117,81 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.5) -> Tensor:
 
 # ---------------------------------------------------------------------------- 2  Gupta et al. 2022
 
-def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int) -> Tensor:
+def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, start: list[Tensor] | None = None) -> Tensor:
     """The head as a parametric component of the InfoNCE objective: `steps` inner steps on phi, with h held fixed.
 
         min over theta of L(theta, phi*(theta)),   phi*(theta) = argmin over phi of L(theta, phi)
 
-    loss_fn() computes L from detached h, and optimizer holds phi alone, so the encoder stays as it is. The caller then
-    makes one step on theta, with phi held fixed. Returns the loss that the last inner step started from (a detached
-    scalar). Raises ValueError for steps < 1.
+    loss_fn() computes L from detached h; optimizer (SGD) holds phi alone, so the encoder stays as it is. The caller then
+    makes one step on theta, with phi held fixed. start: values that phi takes first, its momentum zero; None: a warm start
+    from where phi is. Returns the loss that the last inner step started from (a detached scalar). ValueError for steps < 1.
 
-    The paper makes the head a component of InfoNCE and derives another optimization from that [paper]; readers restate that
-    this leads to a bilevel form. The equation above is ours, and so are gradient steps, their number, warm start, the same
-    batch [reading]. With InfoNCE both levels minimize the same L. So dL/dphi = 0 at phi*, and dL(theta, phi*(theta))/dtheta
-    = dL/dtheta there (the envelope theorem): no implicit differentiation is needed. After a few steps phi is only near phi*,
-    and the step on theta is an approximation. With weight decay on phi read L + decay: it does not depend on theta. Behind a
-    stop-gradient there is no such L, and the inner steps are a heuristic.
+    The paper makes the head a component of InfoNCE and derives another optimization from that [paper]. The equation above is
+    ours, and so are gradient steps, their number and their start [reading]. At phi* dL/dphi = 0, so dL(theta, phi*(theta))/dtheta
+    = dL/dtheta there (the envelope theorem): no implicit differentiation is needed. Before phi* that is an approximation;
+    unroll_head has the term that it drops. Behind a stop-gradient both levels do not minimize one L: a heuristic.
+
+    Which L? If it is the population's, alternating and joint descent share their minimizers, and only the path differs. On
+    one batch 2 steps are nearly joint training, and many fit phi to that batch alone; a loss_fn of other images does not.
+    InfoNCE does not depend on the last layer's scale, so with weight decay on phi L + decay has no minimizer.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
+    if start is not None:
+        reset(optimizer, start)
     for _ in range(steps):
         optimizer.zero_grad()
         loss = loss_fn()
         loss.backward()
         optimizer.step()
     return loss.detach()
+
+
+def unroll_head(loss_fn, heads: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: list[Tensor] | None = None):
+    """L(theta, phi_K(theta)) itself, to be differentiated by theta through K = steps plain gradient steps on phi. [reading]
+
+    loss_fn() computes L from h with its gradient and from `heads`, whose parameters are phi. A step is SGD's without momentum,
+    at the learning rate and weight decay of phi's group in optimizer; phi ends as phi_K. start: as in fit_head. Returns
+    (L at phi_K, a scalar with a graph; the loss that the last inner step started from, detached). ValueError for steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    if start is not None:
+        reset(optimizer, start)
+    call = _Call(heads)
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    groups = {name: group_of[p] for name, p in call.named_parameters()}
+    phi = {name: p.detach().clone().requires_grad_() for name, p in call.named_parameters()}
+    for _ in range(steps):
+        inner = torch.func.functional_call(call, phi, (loss_fn,))
+        gradients = torch.autograd.grad(inner, phi.values(), create_graph=True)
+        phi = {name: p - groups[name]["lr"] * (gradient + groups[name]["weight_decay"] * p)
+               for (name, p), gradient in zip(phi.items(), gradients)}
+    loss = torch.func.functional_call(call, phi, (loss_fn,))
+    with torch.no_grad():
+        for name, p in call.named_parameters():
+            p.copy_(phi[name])
+    return loss, inner.detach()
+
+
+class _Call(nn.Module):
+    """Calls a function while functional_call has other tensors in the place of the parameters of `heads`."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, function):
+        return function()
+
+
+@torch.no_grad()
+def reset(optimizer: torch.optim.Optimizer, start: list[Tensor]) -> None:
+    """Set the optimizer's parameters to `start`, in their order, and its momentum to zero."""
+    for p, first in zip((p for group in optimizer.param_groups for p in group["params"]), start, strict=True):
+        p.copy_(first)
+        if (momentum := optimizer.state[p].get("momentum_buffer")) is not None:
+            momentum.zero_()
 
 
 # ---------------------------------------------------------------------------- 3  Song et al. 2023
@@ -149,18 +204,19 @@ class SparseHead(MLP):
     In the paper SparseHead is the term alone, and it can be added to any SSL method [paper]: `sparsity` does that for any
     head. Its form is not known to us. Ours is a norm of the first layer's weight (out, D). The default pushes whole columns,
     one for each input feature, towards zero [reading]: the paper assumes that only a subset of features is needed to
-    minimize a mini-batch's loss [paper]. Needs MLP, NORMS.
+    minimize a mini-batch's loss [paper]. Needs MLP, sparsity.
     """
 
     def penalty(self, norm: str = "l21") -> Tensor:
         """R(W) of the first layer, a scalar >= 0; norm is a key of NORMS. [reading]"""
-        return NORMS[norm](self[0].weight)
+        return sparsity(self, norm)
 
 
 def sparsity(head: nn.Module, norm: str = "l21") -> Tensor:
     """R(W), a scalar >= 0, of the first linear layer W (out, in) of any head; norm is a key of NORMS. [reading]
 
-    Raises ValueError for another norm, or where the head has no linear layer. Needs NORMS, first_weight.
+    No norm is a function of the network alone: feature i of h times s and column i of W over s leave z as it is, and change
+    R. The gain of the encoder's last BatchNorm can do that. Raises ValueError for another norm, or where the head has no linear layer. Needs NORMS, first_weight.
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
@@ -204,11 +260,12 @@ def first_weight(head: nn.Module) -> Tensor:
     raise ValueError("the head has no linear layer")
 
 
-def fraction_pruned(head: nn.Module) -> float:
-    """The fraction, 0 to 1, of input features whose column of the first layer is below 1e-3 of the largest. [reading]
+def fraction_pruned(head: nn.Module, h: Tensor) -> float:
+    """The fraction, 0 to 1, of input features whose ||W_:,i|| sd(h_i) is below 1e-3 of the largest. [reading]
 
-    Raises ValueError where there is no linear layer. Needs first_weight."""
-    columns = first_weight(head).detach().norm(dim=0)
+    W is the head's first layer, sd over the rows of h (M, D). Raises ValueError where there is no linear layer.
+    Needs first_weight."""
+    columns = first_weight(head).detach().norm(dim=0) * h.std(dim=0)
     return (columns < 1e-3 * columns.max()).float().mean().item()
 
 
@@ -241,21 +298,25 @@ def bn_mse(p: Tensor, z: Tensor, eps: float = 1e-12) -> Tensor:
     """||BN(p) - stopgrad BN(z)||^2 / d, mean over the batch: Wen & Li's loss with output normalization [paper]; 1/d [reading].
 
     p (N, d) is of one view, z (N, d) of the other. BN is BatchNorm over the rows of all processes, without affine parameters.
-    The value is 2 - 2 * (mean correlation), 0 to 4, for any d. Raises ValueError for N = 1. Needs gather, _float32.
+    The value is 2 - 2 * (mean correlation), 0 to 4, for any d. Raises ValueError for N = 1. Needs batch_norm.
     eps, added to the variance, is small on purpose [reading]: with torch's 1e-5 a run of 40 epochs shrank z until eps hid
     it, and collapsed completely, which the normalization is there to exclude.
     """
-    def bn(a):
-        return F.batch_norm(gather(_float32(a)), None, None, training=True, eps=eps)
-    return F.mse_loss(bn(p), bn(z.detach()))
+    return F.mse_loss(batch_norm(p, eps), batch_norm(z.detach(), eps))
 
 
-# ---------------------------------------------------------------------------- 5  SimSiam and BYOL
+def batch_norm(z: Tensor, eps: float = 1e-5) -> Tensor:
+    """(N, d) -> (N * processes, d): the rows of all processes with mean 0 and variance 1 in each feature. Needs gather, _float32."""
+    return F.batch_norm(gather(_float32(z)), None, None, training=True, eps=eps)
+
+
+# ---------------------------------------------------------------------------- 5  SimSiam, BYOL, Barlow Twins
 
 class MLPPredictor(nn.Sequential):
     """p = W2 relu(BN(W1 z)): (N, d) -> (N, d), the form of SimSiam's and BYOL's predictor. [paper]
 
-    The hidden width is d/4 [reading]. Raises ValueError for N = 1 in training.
+    The hidden width is d/4 [reading]. train.py puts a BatchNorm without affine before it, at g's end (--projector-bn).
+    Raises ValueError for N = 1 in training.
     """
 
     def __init__(self, d: int):
@@ -272,6 +333,17 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 
     Needs _float32."""
     return -F.cosine_similarity(_float32(p), _float32(z.detach()), dim=1).mean()
+
+
+def barlow(z1: Tensor, z2: Tensor, lambd: float = 0.005) -> Tensor:
+    """sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2, C = BN(z1)^T BN(z2) / N (d, d): Barlow Twins [paper]; lambd 0.005 [paper].
+
+    z1, z2: (N, d), row n of both from the same image. BN is BatchNorm without affine, and C a correlation, over the rows of
+    all processes. Returns a scalar, 0 to d + lambd d (d - 1). Raises ValueError for N = 1. Needs batch_norm.
+    """
+    a, b = batch_norm(z1), batch_norm(z2)
+    C = a.T @ b / len(a)
+    return (1 - C.diagonal()).square().sum() + lambd * (C - C.diagonal().diag()).square().sum()
 
 
 # ---------------------------------------------------------------------------- 6  other papers' heads
@@ -352,8 +424,8 @@ class DirectPred(nn.Module):
     """p = W z, W = U diag(max(sqrt(s / s_max) + eps, 1e-4)) U^T: (N, d) -> (N, d), Tian et al. (2102.06810). [code]
 
     Not trained: s, U are the eigenpairs of F_hat, which after each step becomes rho F_hat + (1 - rho) E[z z^T]; rho 0.3, eps
-    0.01 [code]. The update is made in forward, in training mode, after p (so in each inner step as well); E is the mean
-    over both views, not centred; F_hat = 0, hence W = (1 + eps) I, at the start [reading]. Needs gather.
+    0.01 [code]. The eigenpairs are computed on the CPU, so a GPU waits. The update is made in forward, in training mode, after p (so in each inner step as well); E is the mean
+    over both views, not centred; F_hat = 0, hence W = (1 + eps) I, at the start [reading]. Needs gather, on_cpu.
     """
 
     def __init__(self, d: int, rho: float = 0.3, eps: float = 0.01):
@@ -364,9 +436,9 @@ class DirectPred(nn.Module):
     @property
     def W(self) -> Tensor:
         """The head as a symmetric matrix (d, d), without a gradient."""
-        s, U = torch.linalg.eigh(self.F_hat.double())               # ascending; float32 may fail where many are 0
+        s, U = torch.linalg.eigh(on_cpu(self.F_hat))                # ascending; float32 may fail where many are 0
         s = s.clamp(min=1e-30)                                      # rounding makes some negative
-        return (U * ((s / s[-1]).sqrt() + self.eps).clamp(min=1e-4) @ U.T).to(self.F_hat.dtype)
+        return (U * ((s / s[-1]).sqrt() + self.eps).clamp(min=1e-4) @ U.T).to(self.F_hat)
 
     @torch.no_grad()
     def update(self, z: Tensor) -> None:
@@ -384,15 +456,15 @@ class DirectPred(nn.Module):
 
 def effective_rank(h: Tensor) -> float:
     """exp(entropy of the normalized singular values) of h (M, D): from 1 to min(M, D). RankMe (2210.02885) [paper]."""
-    h = (h if len(h) > h.shape[1] else h.T).double()
-    s = torch.linalg.eigvalsh(h.T @ h).clamp(min=0).sqrt()          # the singular values, far faster on a GPU
+    h = on_cpu(h if len(h) > h.shape[1] else h.T)
+    s = torch.linalg.eigvalsh(h.T @ h).clamp(min=0).sqrt()          # the singular values, with less work
     s = s / s.sum().clamp(min=1e-300)                               # all zeros have rank 1
     return torch.special.entr(s).sum().exp().item()
 
 
 def spread(z: Tensor) -> float:
     """sqrt(mean ||u||^2 - ||mean u||^2) of the unit rows u of z (M, d): 0 where all point one way, 1 where they cancel. [reading]"""
-    z = F.normalize(z.double(), dim=1)
+    z = F.normalize(on_cpu(z), dim=1)
     return (z.square().sum(dim=1).mean() - z.mean(dim=0).square().sum()).clamp(min=0).sqrt().item()
 
 
@@ -406,23 +478,50 @@ def uniformity(z: Tensor) -> float:
     negative; NaN for a single row. Wang & Isola (2005.10242) [paper]."""
     z = F.normalize(z, dim=1)
     M, square = len(z), z.square().sum(dim=1)                       # 1, or 0 for a row of zeros
-    total = sum((4 * rows @ z.T - 2 * s[:, None] - 2 * square).double().exp().sum()
+    total = sum(on_cpu((4 * rows @ z.T - 2 * s[:, None] - 2 * square).exp().sum(dim=1)).sum()
                 for rows, s in zip(z.split(1024), square.split(1024)))
     return ((total - M) / (M * (M - 1))).log().item() if M > 1 else torch.nan
 
 
+def variance_fractions(h1: Tensor, h2: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """The fractions of the features' variance (within an image, within class, between classes), summing to 1. [reading]
+
+    h1, h2: (M, D), two views of each image; labels: int64 (M,). Variances are summed over features. Within an image: half the
+    mean squared distance of its views. Between classes: of the classes' means. The rest is within class, between images.
+    NaN where h is constant.
+    """
+    h1, h2, (classes, y) = on_cpu(h1), on_cpu(h2), labels.cpu().unique(return_inverse=True)
+    h, M = (h1 + h2) / 2, len(y)
+    mean = h.mean(dim=0)
+    sizes = torch.bincount(y).double()[:, None]
+    means = torch.zeros(len(classes), h.shape[1], dtype=h.dtype).index_add(0, y, h) / sizes
+    total = ((h1 - mean).square().sum() + (h2 - mean).square().sum()) / (2 * M)
+    image = (h1 - h2).square().sum() / (2 * M) / total
+    between = (sizes * (means - mean).square()).sum() / M / total
+    return image.item(), (1 - image - between).item(), between.item()
+
+
 def features_holding(energy: Tensor, fraction: float = 0.99) -> int:
     """How few features hold that fraction of a non-negative energy (D,), largest first; 0 where all of it is 0. [reading]"""
-    held = energy.double().sort(descending=True).values.cumsum(0)
+    held = on_cpu(energy).sort(descending=True).values.cumsum(0)
     return int((held < fraction * held[-1]).sum()) + 1 if held[-1] > 0 else 0
 
 
 def seen(h: Tensor, W: Tensor, fraction: float = 0.99) -> float:
-    """The fraction of the variance of h (M, D) in the span of the top right singular vectors of W (out, D), as few as hold
-    `fraction` of ||W||_F^2: 0 to 1, NaN where h is constant. [reading] Needs features_holding."""
-    _, s, V = torch.linalg.svd(W.double(), full_matrices=False)
-    h = h.double() - h.double().mean(dim=0)
+    """How much of h a linear layer sees: the fraction of the variance of h / sd(h) (M, D) in the span of the top right singular
+    vectors of W diag(sd(h)) (out, D), as few as hold `fraction` of its squared norm: 0 to 1, NaN where h is constant. [reading]
+
+    Needs features_holding, on_cpu."""
+    h, W = on_cpu(h), on_cpu(W)
+    sd = h.std(dim=0)
+    h = torch.where(sd > 0, (h - h.mean(dim=0)) / sd, 0)
+    _, s, V = torch.linalg.svd(W * sd, full_matrices=False)
     return ((h @ V[:features_holding(s.square(), fraction)].T).square().sum() / h.square().sum()).item()
+
+
+def on_cpu(x: Tensor) -> Tensor:
+    """x in float64, on the CPU: other devices may not have it."""
+    return x.cpu().double()
 
 
 # ---------------------------------------------------------------------------- 8  many processes, precision
@@ -455,7 +554,9 @@ class _Gather(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch's, which trains on GPUs only, and the same on a CPU: statistics over the whole batch, of all processes."""
+    """torch's, which trains on GPUs only, and the same on a CPU: statistics over the whole batch, of all processes.
+
+    The branch for GPUs is torch's own; it has not run here."""
 
     def forward(self, x):
         if x.is_cuda or not self.training:
@@ -488,7 +589,8 @@ def _float32(z: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- what the flags of train.py name
 
 ENCODERS = {
-    "convnet": ConvNet,
+    "convnet": ConvNet,                                             # D = 512
+    "convnet128": functools.partial(ConvNet, (16, 32, 64, 128)),    # D = 128, no more than z has
     "resnet18": torchvision.models.resnet18,
     "resnet34": torchvision.models.resnet34,
     "resnet50": torchvision.models.resnet50,
@@ -511,5 +613,5 @@ PREDICTORS: dict[str, type] = {
     "mlp": MLPPredictor,
     "directpred": DirectPred,
 }
-LOSSES = {"infonce": nt_xent, "cosine": negative_cosine, "bn": bn_mse}
+LOSSES = {"infonce": nt_xent, "barlow": barlow, "cosine": negative_cosine, "bn": bn_mse}
 NORMS = {"l21": l21, "l21-out": l21_out, "l1": l1, "l21-plain": l21_plain, "l1-plain": l1_plain}

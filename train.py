@@ -15,6 +15,10 @@ if __name__ == "__main__":
     import signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C during the imports ends without a traceback
 
+import os
+if "OMP_WAIT_POLICY" not in os.environ:                 # torch's threads spin while they wait, and keep other processes from
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # the cores; it reads this when it is imported
+
 import argparse
 import collections
 import concurrent.futures
@@ -27,7 +31,6 @@ import inspect
 import io
 import json
 import math
-import os
 import re
 import secrets
 import shlex
@@ -46,7 +49,7 @@ import torchvision
 from torch import Tensor, nn
 
 import projhead
-from projhead import ENCODERS, HEADS, LOSSES, NORMS, PREDICTORS, fit_head, sparsity
+from projhead import ENCODERS, HEADS, LOSSES, NORMS, PREDICTORS, fit_head, sparsity, unroll_head
 
 RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (    # torchrun sets these, and MASTER_ADDR
     int(os.environ.get(name, default)) if "MASTER_ADDR" in os.environ else default
@@ -71,23 +74,27 @@ def objective(h: Tensor, t: Tensor | None, model, args) -> Tensor:
     return loss
 
 
-def train_step(x: Tensor, model, theta, phi, args) -> tuple[Tensor, Tensor, Tensor | None]:
+def train_step(x: Tensor, model, theta, phi, args, other: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """One step on x (2N, 3, S, S), the first views of N images and then the second. Returns h (2N, D) and the loss,
     detached, and the loss that the last inner step started from, or None.
 
-    model is Model(f, g, q, target) of `build`; theta and phi are the optimizers of f's parameters, and of those of g and q.
-    `train` sets their learning rates. Both views pass in one batch, so every BatchNorm sees both [reading].
+    model is Model(f, g, q, target, start) of `build`; theta and phi are the optimizers of f's parameters, and of those of g and
+    q. `train` sets their learning rates. Both views pass in one batch, so every BatchNorm sees both [reading]. other is a
+    batch like x, for the inner steps of --inner-batch other.
     """
-    h = encode(model.f, x)                              # 2N x D, once; heads and losses run in float32
-    t = inner = None
-    if model.target:                                    # BYOL's slow copy of f and g, which `follow` updates
-        slow_f, slow_g = model.target
+    h = encode(model.f, x, args)                        # 2N x D, once; heads and losses run in float32
+    t, inner = slow(model, x, args), None               # 2N x d, with --target ema
+    start = model.start if args.inner_start == "reset" else None
+    theta.zero_grad(), phi.zero_grad()
+    if args.inner_gradient == "unrolled":               # Gupta et al. read to the letter: through the inner steps
+        loss, inner = unroll_head(lambda: objective(h, t, model, args), nn.ModuleList([model.g, model.q]), phi, args.inner_steps, start)
+    elif args.inner_steps:                              # Gupta et al.: phi alone, with h held fixed
         with torch.no_grad():
-            t = slow_g(encode(slow_f, x))               # 2N x d
-    if args.inner_steps:                                # Gupta et al.: phi alone, with h held fixed
-        inner = fit_head(lambda: objective(h.detach(), t, model, args), phi, args.inner_steps)
-    theta.zero_grad(), phi.zero_grad()                  # the inner steps left gradients in phi
-    loss = objective(h, t, model, args)
+            fixed = (h.detach(), t) if other is None else (encode(model.f, other, args), slow(model, other, args))
+        inner = fit_head(lambda: objective(*fixed, model, args), phi, args.inner_steps, start)
+        phi.zero_grad()
+    if args.inner_gradient != "unrolled":
+        loss = objective(h, t, model, args)
     loss.backward()
     theta.step()
     if not args.inner_steps:
@@ -95,11 +102,17 @@ def train_step(x: Tensor, model, theta, phi, args) -> tuple[Tensor, Tensor, Tens
     return h.detach(), loss.detach(), inner
 
 
-def encode(f: nn.Module, x: Tensor) -> Tensor:
-    """h = f(x) in float32. On a GPU the encoder, and nothing else, computes in bfloat16."""
-    with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+def encode(f: nn.Module, x: Tensor, args) -> Tensor:
+    """h = f(x) in float32; the encoder, and nothing else, computes in args.precision."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
         h = f(x)
     return h.float() if h.dtype == torch.bfloat16 else h
+
+
+@torch.no_grad()
+def slow(model, x: Tensor, args) -> Tensor | None:
+    """z of BYOL's slow copy of f and g, which `follow` updates: (2N, d), or None without --target ema."""
+    return model.target[1](encode(model.target[0], x, args)) if model.target else None
 
 
 def train(args) -> None:
@@ -117,11 +130,12 @@ def train(args) -> None:
         run = Run(args, images, model, theta, phi, total, per_epoch)
         start = run.start(checkpoint)
         with signals() as caught:
-            for step, x in enumerate(two_views(images, args, range(start, total), per_epoch, N, device), start):
-                lr = learning_rate(step, total, args.lr * N / 256, args.warmup)
+            for step, (x, other) in enumerate(two_views(images, args, range(start, total), per_epoch, N, device), start):
+                peak = args.lr * N / 256
+                lr = learning_rate(step, total, peak, args.warmup)
                 for group in theta.param_groups + phi.param_groups:
-                    group["lr"] = lr * group["scale"]
-                h, loss, inner = train_step(x, model, theta, phi, args)
+                    group["lr"] = group["scale"] * (peak if group["constant"] else lr)
+                h, loss, inner = train_step(x, model, theta, phi, args, other)
                 if model.target:                        # from --ema at the start to 1 at the end
                     follow(model, 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / total)) / 2)
                 run.after(step, lr, h, loss, inner, first_signal(caught))
@@ -168,9 +182,17 @@ def parser() -> Parser:
     p.add_argument("--tau", type=number(float, 1e-3), help="temperature of infonce (default: 0.5)")
     p.add_argument("--inner-steps", type=number(int, 0), metavar="K",
                    help="steps on the heads before each encoder step; 0: joint training (default: 0; --head parametric: 2)")
+    p.add_argument("--inner-batch", choices=["same", "other"],
+                   help="what the inner steps see: the step's own batch, or one of other images, encoded once (default: same)")
+    p.add_argument("--inner-start", choices=["warm", "reset"],
+                   help="where they start: from the last step's heads, or from the run's first (default: warm)")
+    p.add_argument("--inner-gradient", choices=["envelope", "unrolled"],
+                   help="the encoder's gradient: at the fitted heads, or through the inner steps (default: envelope)")
     p.add_argument("--head-lr", type=number(float, 0, 1e6),
                    help="the head's learning rate, times the encoder's; 0: a frozen random head (default: 1)")
     p.add_argument("--predictor-lr", type=number(float, 0, 1e6), help="the prediction head's, likewise (default: 1; offdiag: 10)")
+    p.add_argument("--predictor-schedule", choices=["cosine", "constant"],
+                   help="of the prediction head's learning rate; constant is SimSiam's (default: cosine, as the encoder's)")
     p.add_argument("--projector-bn", choices=["yes", "no"],
                    help="end g in a BatchNorm without affine (default: yes with a prediction head, unless --loss bn)")
     p.add_argument("--sparsity", type=number(float, 0, 1e30), metavar="LAMBDA",
@@ -196,7 +218,9 @@ def parser() -> Parser:
     p.add_argument("--hue", type=number(float, 0, 0.5), help="largest shift of the hue, in turns (default: 0.1; shapes 0.5)")
     p.add_argument("--grayscale", type=fraction, help="probability of a gray view (default: 0.1)")
     p.add_argument("--seed", type=number(int, 0, 10**6), default=0, help="(default: 0)")
-    p.add_argument("--device", help="(default: cuda where there is one, else cpu)")
+    p.add_argument("--precision", choices=["float32", "bfloat16"],
+                   help="of the encoder (default: bfloat16 where the device computes in it, else float32)")
+    p.add_argument("--device", help="(default: torch's accelerator where there is one, else cpu)")
     p.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/NAME, made of the flags)")
     return p
 
@@ -207,7 +231,7 @@ def defaults(args) -> dict:
     Learning rate, momentum, weight decay, batch, temperature and grayscale are those of simclr-cifar10 for 100 epochs
     [code]; the rest is ours [reading]. README.md reports what was tried.
     """
-    paired, shapes, small = args.predictor != "none", args.dataset == "shapes", args.encoder == "convnet"
+    paired, shapes, small = args.predictor != "none", args.dataset == "shapes", args.encoder in ("convnet", "convnet128")
     return dict(
         head="mlp" if paired else "parametric",
         encoder="convnet" if shapes else "resnet18",
@@ -217,7 +241,11 @@ def defaults(args) -> dict:
         tau=0.5 if args.loss == "infonce" else None,
         head_lr=1.0 if trainable(HEADS, args.head) else None,
         predictor_lr=(10.0 if args.predictor == "offdiag" else 1.0) if trainable(PREDICTORS, args.predictor) else None,
+        predictor_schedule="cosine" if trainable(PREDICTORS, args.predictor) else None,
         inner_steps=2 if args.head == "parametric" else 0,
+        inner_batch="same" if args.inner_steps else None,
+        inner_start="warm" if args.inner_steps else None,
+        inner_gradient="envelope" if args.inner_steps else None,
         projector_bn="yes" if paired and args.loss != "bn" else "no",
         sparsity=0.1 if args.head == "sparse" else 0.0,
         sparsity_norm="l21" if args.sparsity else None,
@@ -238,6 +266,18 @@ def defaults(args) -> dict:
     )
 
 
+def default_device() -> str:
+    return str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
+
+
+def computes_bfloat16(device: str) -> bool:
+    """Whether the device computes in bfloat16 itself, rather than by way of float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if device == "cpu" else ()
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
 def trainable(kinds: dict, name: str) -> bool:
     return name in kinds and any(True for _ in kinds[name](8).parameters())
 
@@ -253,14 +293,23 @@ def parse_args(argv=None) -> argparse.Namespace:
     for flag in defaults(args):                         # each anew: some follow from those before them
         if getattr(args, flag) is None:
             setattr(args, flag, defaults(args)[flag])
+    args.device = args.device or default_device()
+    args.precision = args.precision or ("bfloat16" if computes_bfloat16(args.device) else "float32")
     frozen = not args.head_lr and not args.predictor_lr
     for clash, flag, why in (
-            (args.predictor == "none" and args.loss != "infonce", "loss", f"{args.loss} needs a prediction: add --predictor mlp, or identity for p = z"),
+            (args.predictor == "none" and args.loss in ("cosine", "bn"), "loss", f"{args.loss} needs a prediction: add --predictor mlp, or identity for p = z"),
             (args.predictor == "none", "target", "only a prediction is compared with a target: add --predictor mlp"),
             (args.target != "ema", "ema", "needs --target ema"),
             (args.loss != "infonce", "tau", f"the loss {args.loss} has no temperature"),
             (not trainable(HEADS, args.head), "head_lr", f"there is nothing to train in --head {args.head}"),
             (not trainable(PREDICTORS, args.predictor), "predictor_lr", f"there is nothing to train in --predictor {args.predictor}"),
+            (not trainable(PREDICTORS, args.predictor), "predictor_schedule", f"there is nothing to train in --predictor {args.predictor}"),
+            (not args.inner_steps, "inner_batch", "needs --inner-steps K or --head parametric"),
+            (not args.inner_steps, "inner_start", "needs --inner-steps K or --head parametric"),
+            (not args.inner_steps, "inner_gradient", "needs --inner-steps K or --head parametric"),
+            (args.inner_gradient == "unrolled" and args.inner_batch == "other", "inner_batch",
+             "the other batch is encoded without a gradient: there is nothing to unroll"),
+            (args.inner_gradient == "unrolled" and RANKS > 1, "inner_gradient", "unrolled runs in one process"),
             (args.inner_steps and frozen, "inner_steps", "there is no trainable head to fit"),
             (args.inner_steps and frozen, "head_lr", "a frozen head cannot be fitted: add --inner-steps 0, or use --head mlp"),
             (args.sparsity and not trainable(HEADS, args.head), "sparsity", f"--head {args.head} has no weights to make sparse"),
@@ -276,7 +325,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         if clash and flag in given:
             raise UserError(f"--{flag.replace('_', '-')}: {why}")
     args.data = args.data and os.path.abspath(args.data)        # so that a run finds its images from anywhere
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.out is None:
         name = [args.dataset, *([os.path.basename(args.data)] if args.dataset == "folder" else []), args.encoder, args.head]
         name += [args.predictor] * (args.predictor != "none") + [words.strip("-").replace(" ", "") for words in flags(args)
@@ -287,7 +335,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def flags(args) -> list[str]:
     """The flags, "--name value" each, that make these arguments: those that differ from their defaults."""
-    usual = {"dataset": "shapes", "predictor": "none", "limit": None, "seed": 0} | defaults(args)
+    usual = {"dataset": "shapes", "predictor": "none", "limit": None, "seed": 0, "precision": args.precision} | defaults(args)
     return [f"--{flag.replace('_', '-')} {value}" for flag, value in vars(args).items() if flag not in PLACES and value != usual[flag]]
 
 
@@ -515,20 +563,23 @@ def fingerprint(images: Tensor) -> list[int]:
 
 
 def two_views(images, args, steps: range, per_epoch: int, N: int, device):
-    """For each step the two views of its N images, one batch (2N, 3, S, S): a function of (args.seed, step) alone.
+    """For each step (x, other), a function of (args.seed, step) alone: x (2N, 3, S, S) are two views of its N images, and other,
+    with --inner-batch other, two views of N images drawn anew; else None.
 
     Of several processes each makes its part of the batch.
     """
-    n = N // RANKS
+    def views(chosen, g):
+        part = chosen[RANK * N // RANKS:][:N // RANKS]
+        batch = to_device(images[to_device(part, images.device)], device)
+        x = [augment(batch, g, args.crop_scale, args.hue, args.grayscale, RANK, RANKS) for _ in "12"]
+        return torch.cat(x).contiguous(memory_format=torch.channels_last)
     for step in steps:
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == steps.start:
             order = torch.randperm(len(images), generator=generator(args.seed, epoch, 0))
-        chosen = order[i * N + RANK * n:][:n]
-        batch = images[to_device(chosen, images.device)]
-        batch, g = to_device(batch, device), generator(args.seed, step, 1)
-        x = [augment(batch, g, args.crop_scale, args.hue, args.grayscale, RANK, RANKS) for _ in "12"]
-        yield torch.cat(x).contiguous(memory_format=torch.channels_last)
+        g = generator(args.seed, step, 1)
+        x = views(order[i * N:(i + 1) * N], g)
+        yield x, views(torch.randperm(len(images), generator=g)[:N], g) if args.inner_batch == "other" else None
 
 
 def generator(seed: int, step: int, which: int) -> torch.Generator:
@@ -684,7 +735,8 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------- models and optimizers
 
-Model = collections.namedtuple("Model", "f g q target")         # target: BYOL's slow copy, Sequential(f, g), or None
+# target: BYOL's slow copy, Sequential(f, g), or None; start: the first values of phi, the parameters of g and q
+Model = collections.namedtuple("Model", "f g q target start")
 MODULES = ("encoder", "head", "predictor", "target")            # their names in a checkpoint
 
 
@@ -704,14 +756,16 @@ def build(args, device="cpu") -> Model:
     q = nn.Identity() if args.predictor == "none" else PREDICTORS[args.predictor](d)
     f, g, q = (projhead.synchronized(module.to(device)) for module in (f, g, q))
     f = f.to(memory_format=torch.channels_last)
-    return Model(f, g, q, copy.deepcopy(nn.Sequential(f, g)).requires_grad_(False) if args.target == "ema" else None)
+    target = copy.deepcopy(nn.Sequential(f, g)).requires_grad_(False) if args.target == "ema" else None
+    return Model(f, g, q, target, [p.detach().clone() for p in nn.ModuleList([g, q]).parameters()])
 
 
 def optimizers(model: Model, args) -> tuple[torch.optim.SGD, torch.optim.SGD]:
     """SGD on theta and on phi, apart so that either can move alone; each group's learning rate is `scale` times the schedule's."""
     made = []
     for parts in ([(model.f, 1.0)], [(model.g, args.head_lr), (model.q, args.predictor_lr)]):
-        groups = [{"params": list(module.parameters()), "scale": scale or 0.0} for module, scale in parts]
+        groups = [{"params": list(module.parameters()), "scale": scale or 0.0,
+                   "constant": module is model.q and args.predictor_schedule == "constant"} for module, scale in parts]
         if args.predictor == "offdiag" and len(groups) == 2:
             groups[1]["weight_decay"] = 0.0                     # decay would bring the head back to the identity by itself
         cuda = next(model.f.parameters()).is_cuda
@@ -970,7 +1024,7 @@ class Run:
 
     def end_epoch(self, epoch: int, step: int, lr: float, h: Tensor, eta: float) -> None:
         """Measure the last batch, add a line to metrics.jsonl and print it."""
-        args, (f, g, q, _) = self.args, self.model
+        args, (f, g, q, *_) = self.args, self.model
         with torch.no_grad():
             z = g.eval()(h)
             g.train()
@@ -983,8 +1037,10 @@ class Run:
             line |= {f"rank_{name}": projhead.effective_rank(features), f"spread_{name}": projhead.spread(features)}
         if args.predictor == "offdiag":
             line["offdiag"] = q.E.norm().item()
+        if args.predictor == "linear":
+            line["moved"] = (q.weight.detach() - self.model.start[-1]).norm().item()
         if args.sparsity:
-            line |= {"penalty": sparsity(g, args.sparsity_norm).item(), "pruned": projhead.fraction_pruned(g)}
+            line |= {"penalty": sparsity(g, args.sparsity_norm).item(), "pruned": projhead.fraction_pruned(g, h)}
         seconds = time.perf_counter() - self.since
         speed = 2 * min(args.batch_size, self.images[0]) * len(self.losses) / seconds
         line |= {"seconds": seconds, "views_per_s": speed, "memory": peak_memory(self.device)}
@@ -1039,7 +1095,10 @@ def peak_memory(device) -> float:
     """GiB that the device (on a CPU this process) has held at most."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
+    try:
+        import resource
+    except ImportError:                                         # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
