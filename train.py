@@ -5,19 +5,15 @@
     python train.py --head parametric --dataset cifar10      # ResNet-18 on CIFAR-10: wants a GPU
     python train.py --head sparse --dataset cifar10 --encoder convnet --epochs 10        # minutes on a CPU
     python train.py --predictor offdiag --dataset cifar10    # Wen & Li's prediction head, a non-contrastive loss
-    python train.py --predictor mlp --target ema --dataset cifar10        # in BYOL's style; --target stopgrad: SimSiam's
+    python train.py --predictor mlp --target ema --dataset cifar10       # in BYOL's style; --target stopgrad: SimSiam's
     torchrun --nproc-per-node 8 train.py --dataset cifar10   # many GPUs: the same run up to rounding
 
 A run is a folder, runs/NAME: checkpoint.pt and metrics.jsonl, whose keys README.md explains. The same command
 continues an interrupted run. Then: python eval.py.
 """
-if __name__ == "__main__":
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C during the imports ends without a traceback
-
 import os
-if "OMP_WAIT_POLICY" not in os.environ:                 # torch's threads spin while they wait, and keep other processes from
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # the cores; it reads this when it is imported
+if "OMP_WAIT_POLICY" not in os.environ:             # torch's threads spin while they wait, and so keep a busy machine's
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000") # cores; they read this when torch is imported
 
 import argparse
 import collections
@@ -31,15 +27,10 @@ import inspect
 import io
 import json
 import math
-import re
-import secrets
 import shlex
 import signal
 import sys
-import threading
 import time
-import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -47,11 +38,12 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 import projhead
 from projhead import ENCODERS, HEADS, LOSSES, NORMS, PREDICTORS, fit_head, sparsity, unroll_head
 
-RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (    # torchrun sets these, and MASTER_ADDR
+RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (            # torchrun sets these, and MASTER_ADDR
     int(os.environ.get(name, default)) if "MASTER_ADDR" in os.environ else default
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
 
@@ -59,7 +51,7 @@ RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (    # torchrun sets these, and MASTER_AD
 # ---------------------------------------------------------------------------- the method
 
 def objective(h: Tensor, t: Tensor | None, model, args) -> Tensor:
-    """L(theta, phi) of h (2N, D), the first views of N images and then the second; t (2N, d): the slow copy's z, or None."""
+    """L(theta, phi) of h (2N, D), the first views of N images, then the second; t (2N, d): the slow copy's z or None."""
     z = model.g(h)                                      # 2N x d
     loss_fn = LOSSES[args.loss] if args.tau is None else functools.partial(LOSSES[args.loss], tau=args.tau)
     if args.predictor == "none":
@@ -67,7 +59,7 @@ def objective(h: Tensor, t: Tensor | None, model, args) -> Tensor:
         loss = loss_fn(z1, z2)                          # InfoNCE
     else:
         p1, p2 = model.q(z).chunk(2)
-        t1, t2 = (z if t is None else t).detach().chunk(2)              # stop-gradient
+        t1, t2 = (z if t is None else t).detach().chunk(2)      # the method's stop-gradient; cosine and bn repeat it
         loss = (loss_fn(p1, t2) + loss_fn(p2, t1)) / 2  # each view is the target once; for Wen & Li [reading]
     if args.sparsity:                                   # Song et al.: + lambda R(W), as SparseHead.penalty
         loss = loss + args.sparsity * sparsity(model.g, args.sparsity_norm)
@@ -78,22 +70,25 @@ def train_step(x: Tensor, model, theta, phi, args, other: Tensor | None = None) 
     """One step on x (2N, 3, S, S), the first views of N images and then the second. Returns h (2N, D) and the loss,
     detached, and the loss that the last inner step started from, or None.
 
-    model is Model(f, g, q, target, start) of `build`; theta and phi are the optimizers of f's parameters, and of those of g and
-    q. `train` sets their learning rates. Both views pass in one batch, so every BatchNorm sees both [reading]. other is a
-    batch like x, for the inner steps of --inner-batch other.
+    model is Model(f, g, q, target, start) of `build`; theta and phi are the optimizers of f's parameters, and of those
+    of g and q. `train` sets their learning rates. Both views pass in one batch, so every BatchNorm sees both [reading].
+    other is a batch like x, which the inner steps of --inner-batch other see.
     """
     h = encode(model.f, x, args)                        # 2N x D, once; heads and losses run in float32
     t, inner = slow(model, x, args), None               # 2N x d, with --target ema
     start = model.start if args.inner_start == "reset" else None
     theta.zero_grad(), phi.zero_grad()
-    if args.inner_gradient == "unrolled":               # Gupta et al. read to the letter: through the inner steps
-        loss, inner = unroll_head(lambda: objective(h, t, model, args), nn.ModuleList([model.g, model.q]), phi, args.inner_steps, start)
-    elif args.inner_steps:                              # Gupta et al.: phi alone, with h held fixed
-        with torch.no_grad():
-            fixed = (h.detach(), t) if other is None else (encode(model.f, other, args), slow(model, other, args))
-        inner = fit_head(lambda: objective(*fixed, model, args), phi, args.inner_steps, start)
-        phi.zero_grad()
-    if args.inner_gradient != "unrolled":
+    if args.inner_gradient == "unrolled":               # Gupta et al.: L(theta, phi_K(theta)), through the inner steps
+        heads = nn.ModuleList([model.g, model.q])
+        loss, inner = unroll_head(lambda: objective(h, t, model, args), heads, phi, args.inner_steps, start)
+    else:
+        if args.inner_steps:                            # Gupta et al.: phi alone, with h held fixed
+            h0, t0 = h.detach(), t
+            if other is not None:
+                with torch.no_grad():
+                    h0, t0 = encode(model.f, other, args), slow(model, other, args)
+            inner = fit_head(lambda: objective(h0, t0, model, args), phi, args.inner_steps, start)
+            phi.zero_grad()
         loss = objective(h, t, model, args)
     loss.backward()
     theta.step()
@@ -111,41 +106,49 @@ def encode(f: nn.Module, x: Tensor, args) -> Tensor:
 
 @torch.no_grad()
 def slow(model, x: Tensor, args) -> Tensor | None:
-    """z of BYOL's slow copy of f and g, which `follow` updates: (2N, d), or None without --target ema."""
+    """z (2N, d) of BYOL's slow copy of f and g, which `follow` moves; None without it."""
     return model.target[1](encode(model.target[0], x, args)) if model.target else None
 
 
 def train(args) -> None:
     """Train one run from start to end. Raises UserError; on SIGINT or SIGTERM it finishes the step, saves and raises
     SystemExit(130 or 143)."""
-    device, out = join(args), Path(args.out)
-    with locked(out):
-        checkpoint = claim(out, args)
-        images = training_images(args, device)          # uint8 M x 3 x S x S
-        N = min(args.batch_size, len(images))           # images a step, over all processes
-        per_epoch = len(images) // N                    # the last short batch is left out, another one each epoch
-        total = args.epochs * per_epoch
-        model = build(args, device)
-        theta, phi = optimizers(model, args)
-        run = Run(args, images, model, theta, phi, total, per_epoch)
-        start = run.start(checkpoint)
-        with signals() as caught:
-            for step, (x, other) in enumerate(two_views(images, args, range(start, total), per_epoch, N, device), start):
-                peak = args.lr * N / 256
-                lr = learning_rate(step, total, peak, args.warmup)
-                for group in theta.param_groups + phi.param_groups:
-                    group["lr"] = group["scale"] * (peak if group["constant"] else lr)
-                h, loss, inner = train_step(x, model, theta, phi, args, other)
-                if model.target:                        # from --ema at the start to 1 at the end
-                    follow(model, 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / total)) / 2)
-                run.after(step, lr, h, loss, inner, first_signal(caught))
-        run.finish()
+    device = join(args)
+    images = training_images(args, device)              # uint8 M x 3 x S x S
+    N = min(args.batch_size, len(images))               # images a step, over all processes
+    if N % RANKS:
+        raise everywhere(UserError(f"--batch-size {N} does not divide evenly over {RANKS} processes"))
+    per_epoch = len(images) // N                        # the last short batch is left out, another one each epoch
+    model = build(args, device)
+    theta, phi = optimizers(model, args)
+    run = start_run(args, images, modules(model) | {"theta": theta, "phi": phi}, per_epoch, device)
+    losses, since, steps = [], time.perf_counter(), range(run.step, run.total)
+    with signals() as caught:
+        for step, (x, other) in zip(steps, two_views(images, args, steps, per_epoch, N, device)):
+            peak = args.lr * N / 256
+            lr = learning_rate(step, run.total, peak, args.warmup)
+            for group in theta.param_groups + phi.param_groups:
+                group["lr"] = group["scale"] * (peak if group["constant"] else lr)
+            h, loss, inner = train_step(x, model, theta, phi, args, other)
+            if model.target:                            # from --ema at the start to 1 at the end
+                follow(model, 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / run.total)) / 2)
+            losses.append(torch.stack([loss, loss if inner is None else inner]))
+            ended, stopped = (step + 1) % per_epoch == 0, first_signal(caught)
+            if ended or stopped or len(losses) % 100 == 0:      # a look makes the host wait for a GPU
+                means = look(losses, step + 1, args)
+            if ended:
+                end_epoch(run, step + 1, lr, means, h, model, time.perf_counter() - since)
+                losses, since = [], time.perf_counter()
+            if stopped or step + 1 == run.total or time.perf_counter() - run.saved > (30 if ended else 300):
+                save(run, step + 1)
+            tell(run, step + 1, stopped)
+    say(f"finished. Look at it: python eval.py {shlex.quote(args.out)}")
 
 
 # ---------------------------------------------------------------------------- flags
 
 SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "folder": 64}      # of the images, in pixels
-PLACES = ("data", "out", "device")        # where a run lies and computes: not what it is
+PLACES = ("data", "out", "device")          # where a run lies and computes: not what it is
 
 
 class UserError(Exception):
@@ -169,69 +172,61 @@ def number(kind, low, high=math.inf):
 
 def parser() -> Parser:
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    fraction, width = number(float, 0, 1), number(int, 1, 2**14)
-    p.add_argument("--head", choices=HEADS, help="projection head; parametric is an mlp with --inner-steps 2, sparse one with "
-                   "--sparsity 0.1 (default: parametric; with a prediction head: mlp)")
-    p.add_argument("--depth", type=number(int, 1, 16), help="linear layers of an mlp, parametric or sparse head (default: 2)")
-    p.add_argument("--predictor", choices=["none", *PREDICTORS], default="none",
-                   help="prediction head; none: the loss is contrastive; identity: p = z (default: none)")
-    p.add_argument("--loss", choices=LOSSES, help="(default: infonce; with --predictor identity or offdiag bn, with another cosine)")
-    p.add_argument("--target", choices=["stopgrad", "ema"],
-                   help="what a prediction is compared with: SimSiam's or BYOL's (default: stopgrad)")
-    p.add_argument("--ema", type=fraction, help="the slow copy's momentum at the start; it ends at 1 (default: 0.99)")
-    p.add_argument("--tau", type=number(float, 1e-3), help="temperature of infonce (default: 0.5)")
-    p.add_argument("--inner-steps", type=number(int, 0), metavar="K",
-                   help="steps on the heads before each encoder step; 0: joint training (default: 0; --head parametric: 2)")
-    p.add_argument("--inner-batch", choices=["same", "other"],
-                   help="what the inner steps see: the step's own batch, or one of other images, encoded once (default: same)")
-    p.add_argument("--inner-start", choices=["warm", "reset"],
-                   help="where they start: from the last step's heads, or from the run's first (default: warm)")
-    p.add_argument("--inner-gradient", choices=["envelope", "unrolled"],
-                   help="the encoder's gradient: at the fitted heads, or through the inner steps (default: envelope)")
-    p.add_argument("--head-lr", type=number(float, 0, 1e6),
-                   help="the head's learning rate, times the encoder's; 0: a frozen random head (default: 1)")
-    p.add_argument("--predictor-lr", type=number(float, 0, 1e6), help="the prediction head's, likewise (default: 1; offdiag: 10)")
-    p.add_argument("--predictor-schedule", choices=["cosine", "constant"],
-                   help="of the prediction head's learning rate; constant is SimSiam's (default: cosine, as the encoder's)")
-    p.add_argument("--projector-bn", choices=["yes", "no"],
-                   help="end g in a BatchNorm without affine (default: yes with a prediction head, unless --loss bn)")
-    p.add_argument("--sparsity", type=number(float, 0, 1e30), metavar="LAMBDA",
-                   help="weight of the sparsity penalty; 0: off (default: 0; --head sparse: 0.1)")
-    p.add_argument("--sparsity-norm", choices=NORMS, help="its norm; the functions are in projhead.py (default: l21)")
-    p.add_argument("--dim", type=width, help="width of z (default: 128; --head slice: 360/2048 of h)")
-    p.add_argument("--hidden", type=width, help="hidden width of the head (default: twice that of h)")
-    p.add_argument("--encoder", choices=ENCODERS, help="(default: resnet18; for --dataset shapes convnet)")
-    p.add_argument("--dataset", choices=SIZES, default="shapes",
-                   help="shapes is drawn; cifar10, cifar100 and stl10 are downloaded (default: shapes)")
-    p.add_argument("--data", metavar="DIR", help="where the data set lies (default: data). folder: DIR/train and DIR/test or DIR/val, "
-                   "else DIR, a fifth of which is kept for testing; subfolders are classes")
-    p.add_argument("--limit", type=number(int, 2), metavar="N", help="only the first N training images (default: all)")
-    p.add_argument("--image-size", type=number(int, 8, 512), help="a folder's images are resized and cropped to this (default: 64)")
-    p.add_argument("--epochs", type=number(int, 1, 10**6), help="(default: 100; convnet 20; shapes with convnet 12)")
-    p.add_argument("--batch-size", type=number(int, 2), help="images a step, two views each (default: 512; convnet: 256)")
-    p.add_argument("--lr", type=number(float, 0, 1e30),
-                   help="the encoder's peak learning rate for 256 images a step, scaled with the batch (default: 0.06)")
-    p.add_argument("--momentum", type=number(float, 0, 0.9999), help="(default: 0.9)")
-    p.add_argument("--weight-decay", type=number(float, 0, 1e6), help="(default: 5e-4)")
-    p.add_argument("--warmup", type=fraction, help="fraction of the steps in which the learning rate rises (default: 0.05)")
-    p.add_argument("--crop-scale", type=number(float, 0.01, 1), help="smallest area of a crop (default: 0.2; shapes 0.5)")
-    p.add_argument("--hue", type=number(float, 0, 0.5), help="largest shift of the hue, in turns (default: 0.1; shapes 0.5)")
-    p.add_argument("--grayscale", type=fraction, help="probability of a gray view (default: 0.1)")
-    p.add_argument("--seed", type=number(int, 0, 10**6), default=0, help="(default: 0)")
-    p.add_argument("--precision", choices=["float32", "bfloat16"],
-                   help="of the encoder (default: bfloat16 where the device computes in it, else float32)")
-    p.add_argument("--device", help="(default: torch's accelerator where there is one, else cpu)")
-    p.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/NAME, made of the flags)")
+    add, fraction, factor, width = p.add_argument, number(float, 0, 1), number(float, 0, 1e6), number(int, 1, 2**14)
+    add("--head", choices=HEADS, help="projection head (default: parametric; with a prediction head mlp)")
+    add("--depth", type=number(int, 1, 16), help="linear layers of an mlp, parametric or sparse head (default: 2)")
+    add("--dim", type=width, help="width of z (default: 128; --head slice: 360/2048 of h)")
+    add("--hidden", type=width, help="hidden width of the head (default: twice that of h)")
+    add("--projector-bn", choices=["yes", "no"],
+        help="end g in a BatchNorm without affine (default: no; with a prediction head yes, unless --loss bn)")
+    add("--head-lr", type=factor, help="the head's learning rate, times the encoder's; 0: frozen (default: 1)")
+    add("--inner-steps", type=number(int, 0), metavar="K",
+        help="steps on the heads before each encoder step; 0: joint training (default: 0; --head parametric: 2)")
+    add("--inner-batch", choices=["same", "other"], help="of the step's images or of others (default: same)")
+    add("--inner-start", choices=["warm", "reset"], help="at the last heads or at the run's first (default: warm)")
+    add("--inner-gradient", choices=["envelope", "unrolled"],
+        help="the encoder's: at the fitted heads, or through K plain steps (default: envelope)")
+    add("--sparsity", type=number(float, 0, 1e30), metavar="LAMBDA",
+        help="weight of the sparsity penalty; 0: off (default: 0; --head sparse: 0.1)")
+    add("--sparsity-norm", choices=NORMS, help="its norm; the functions are in projhead.py (default: l21)")
+    add("--predictor", choices=["none", *PREDICTORS], default="none",
+        help="prediction head; none: a loss between z's; identity: p = z (default: none)")
+    add("--predictor-lr", type=factor, help="its learning rate, times the encoder's (default: 1; offdiag: 10)")
+    add("--predictor-schedule", choices=["cosine", "constant"], help="constant is SimSiam's (default: cosine)")
+    add("--target", choices=["stopgrad", "ema"], help="p's target: SimSiam's or BYOL's (default: stopgrad)")
+    add("--ema", type=fraction, help="the slow copy's momentum at the start; it ends at 1 (default: 0.99)")
+    add("--loss", choices=LOSSES, help="(default: infonce; --predictor identity, offdiag: bn; with another: cosine)")
+    add("--tau", type=number(float, 1e-3), help="temperature of infonce (default: 0.5)")
+    add("--encoder", choices=ENCODERS, help="(default: resnet18; shapes: convnet)")
+    add("--precision", choices=["float32", "bfloat16"], help="of the encoder (default: what the device computes in)")
+    add("--dataset", choices=SIZES, default="shapes", help="(default: shapes, which are drawn; folder: see --data)")
+    add("--data", metavar="DIR", help="where the data set lies (default: data). folder: DIR/train and DIR/test "
+        "or DIR/val, else DIR, a fifth of which is for testing; subfolders are classes")
+    add("--limit", type=number(int, 2), metavar="N", help="only the first N training images (default: all)")
+    add("--image-size", type=number(int, 8, 512), help="to which a folder's images are cropped (default: 64)")
+    add("--crop-scale", type=number(float, 0.01, 1), help="smallest area of a crop (default: 0.2; shapes: 0.5)")
+    add("--hue", type=number(float, 0, 0.5), help="largest shift of the hue, in turns (default: 0.1; shapes: 0.5)")
+    add("--grayscale", type=fraction, default=0.1, help="probability of a gray view (default: 0.1)")
+    add("--epochs", type=number(int, 1, 10**6), help="(default: 100; a convnet 20; shapes with a convnet 12)")
+    add("--batch-size", type=number(int, 2, 2**20), help="images, two views each (default: 512; a convnet 256)")
+    add("--lr", type=number(float, 0, 1e30), default=0.06, help="peak for 256 images a step (default: 0.06)")
+    add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="(default: 0.9)")
+    add("--weight-decay", type=factor, default=5e-4, help="(default: 5e-4)")
+    add("--warmup", type=fraction, default=0.05, help="fraction of steps with a rising learning rate (default: 0.05)")
+    add("--seed", type=number(int, 0, 10**6), default=0, help="(default: 0)")
+    add("--device", help="(default: torch's accelerator where there is one, else cpu)")
+    add("--out", metavar="RUN", help="the run's folder (default: runs/NAME, made of the flags)")
     return p
 
 
 def defaults(args) -> dict:
-    """What a flag is where it is not given; some follow from those above them.
+    """What the other flags are where they are not given; some follow from those above them.
 
-    Learning rate, momentum, weight decay, batch, temperature and grayscale are those of simclr-cifar10 for 100 epochs
-    [code]; the rest is ours [reading]. README.md reports what was tried.
+    Learning rate, momentum, weight decay, batch, temperature and augmentation are simclr-cifar10's for 100 epochs [code],
+    but for shapes; the rest is ours [reading].
     """
-    paired, shapes, small = args.predictor != "none", args.dataset == "shapes", args.encoder in ("convnet", "convnet128")
+    paired, shapes, small = args.predictor != "none", args.dataset == "shapes", str(args.encoder).startswith("convnet")
+    head, predictor, inner = trainable(HEADS, args.head), trainable(PREDICTORS, args.predictor), args.inner_steps
     return dict(
         head="mlp" if paired else "parametric",
         encoder="convnet" if shapes else "resnet18",
@@ -239,43 +234,20 @@ def defaults(args) -> dict:
         target="stopgrad" if paired else None,
         ema=0.99 if args.target == "ema" else None,
         tau=0.5 if args.loss == "infonce" else None,
-        head_lr=1.0 if trainable(HEADS, args.head) else None,
-        predictor_lr=(10.0 if args.predictor == "offdiag" else 1.0) if trainable(PREDICTORS, args.predictor) else None,
-        predictor_schedule="cosine" if trainable(PREDICTORS, args.predictor) else None,
+        head_lr=1.0 if head else None,
+        predictor_lr=(10.0 if args.predictor == "offdiag" else 1.0) if predictor else None,
+        predictor_schedule="cosine" if predictor else None,
         inner_steps=2 if args.head == "parametric" else 0,
-        inner_batch="same" if args.inner_steps else None,
-        inner_start="warm" if args.inner_steps else None,
-        inner_gradient="envelope" if args.inner_steps else None,
+        inner_batch="same" if inner else None, inner_start="warm" if inner else None,
+        inner_gradient="envelope" if inner else None,
         projector_bn="yes" if paired and args.loss != "bn" else "no",
         sparsity=0.1 if args.head == "sparse" else 0.0,
         sparsity_norm="l21" if args.sparsity else None,
-        dim=128 if trainable(HEADS, args.head) else None,
-        hidden=None,
-        depth=2 if takes(args.head, "depth") else None,
-        data="data" if not shapes else None,
-        image_size=SIZES[args.dataset],
-        epochs=(12 if shapes else 20) if small else 100,
-        batch_size=256 if small else 512,
-        lr=0.06,
-        momentum=0.9,
-        weight_decay=5e-4,
-        warmup=0.05,
-        crop_scale=0.5 if shapes else 0.2,
-        hue=0.5 if shapes else 0.1,
-        grayscale=0.1,
+        dim=128 if head else None, hidden=None, depth=2 if takes(args.head, "depth") else None,
+        data=None if shapes else "data", image_size=SIZES[args.dataset],
+        epochs=(12 if shapes else 20) if small else 100, batch_size=256 if small else 512,
+        crop_scale=0.5 if shapes else 0.2, hue=0.5 if shapes else 0.1,
     )
-
-
-def default_device() -> str:
-    return str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
-
-
-def computes_bfloat16(device: str) -> bool:
-    """Whether the device computes in bfloat16 itself, rather than by way of float32."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if device == "cpu" else ()
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def trainable(kinds: dict, name: str) -> bool:
@@ -293,28 +265,22 @@ def parse_args(argv=None) -> argparse.Namespace:
     for flag in defaults(args):                         # each anew: some follow from those before them
         if getattr(args, flag) is None:
             setattr(args, flag, defaults(args)[flag])
-    args.device = args.device or default_device()
-    args.precision = args.precision or ("bfloat16" if computes_bfloat16(args.device) else "float32")
-    frozen = not args.head_lr and not args.predictor_lr
-    for clash, flag, why in (
-            (args.predictor == "none" and args.loss in ("cosine", "bn"), "loss", f"{args.loss} needs a prediction: add --predictor mlp, or identity for p = z"),
-            (args.predictor == "none", "target", "only a prediction is compared with a target: add --predictor mlp"),
+    head, predictor = trainable(HEADS, args.head), trainable(PREDICTORS, args.predictor)
+    unrolled, frozen = args.inner_gradient == "unrolled", not args.head_lr and not args.predictor_lr
+    for clash, refused, why in (
+            (args.predictor == "none" and args.loss in ("cosine", "bn"), "loss", f"{args.loss} needs a --predictor"),
+            (args.predictor == "none", "target", "only a prediction has a target: add --predictor mlp"),
             (args.target != "ema", "ema", "needs --target ema"),
             (args.loss != "infonce", "tau", f"the loss {args.loss} has no temperature"),
-            (not trainable(HEADS, args.head), "head_lr", f"there is nothing to train in --head {args.head}"),
-            (not trainable(PREDICTORS, args.predictor), "predictor_lr", f"there is nothing to train in --predictor {args.predictor}"),
-            (not trainable(PREDICTORS, args.predictor), "predictor_schedule", f"there is nothing to train in --predictor {args.predictor}"),
-            (not args.inner_steps, "inner_batch", "needs --inner-steps K or --head parametric"),
-            (not args.inner_steps, "inner_start", "needs --inner-steps K or --head parametric"),
-            (not args.inner_steps, "inner_gradient", "needs --inner-steps K or --head parametric"),
-            (args.inner_gradient == "unrolled" and args.inner_batch == "other", "inner_batch",
-             "the other batch is encoded without a gradient: there is nothing to unroll"),
-            (args.inner_gradient == "unrolled" and RANKS > 1, "inner_gradient", "unrolled runs in one process"),
+            (not head, "head_lr", f"nothing to train in --head {args.head}"),
+            (not predictor, "predictor_lr predictor_schedule", f"nothing to train in --predictor {args.predictor}"),
+            (not args.inner_steps, "inner_batch inner_start inner_gradient", "needs --inner-steps K"),
+            (unrolled and args.inner_batch == "other", "inner_batch", "no gradient passes through the other batch"),
+            (unrolled and RANKS > 1, "inner_gradient", "unrolled runs in one process only"),
             (args.inner_steps and frozen, "inner_steps", "there is no trainable head to fit"),
-            (args.inner_steps and frozen, "head_lr", "a frozen head cannot be fitted: add --inner-steps 0, or use --head mlp"),
-            (args.sparsity and not trainable(HEADS, args.head), "sparsity", f"--head {args.head} has no weights to make sparse"),
-            (args.sparsity and not args.head_lr, "sparsity", "a frozen head cannot become sparse"),
-            (args.sparsity and not args.head_lr, "head_lr", "a frozen head cannot become sparse"),
+            (args.inner_steps and frozen, "head_lr", "a frozen head cannot be fitted: add --inner-steps 0"),
+            (args.sparsity and not head, "sparsity", f"--head {args.head} has no weights to make sparse"),
+            (args.sparsity and not args.head_lr, "sparsity head_lr", "a frozen head cannot become sparse"),
             (not args.sparsity, "sparsity_norm", "needs --sparsity LAMBDA or --head sparse"),
             (not takes(args.head, "d"), "dim", f"--head {args.head} has the encoder's width"),
             (not takes(args.head, "hidden"), "hidden", f"--head {args.head} has no hidden layer"),
@@ -322,80 +288,67 @@ def parse_args(argv=None) -> argparse.Namespace:
             (not takes(args.head, "depth"), "depth", f"--head {args.head} has a fixed number of layers"),
             (args.dataset != "folder", "image_size", f"{args.dataset} has images of {SIZES[args.dataset]} px"),
             (args.dataset == "shapes", "data", "shapes are drawn, not read: name a --dataset")):
-        if clash and flag in given:
+        for flag in given.intersection(refused.split()) if clash else ():
             raise UserError(f"--{flag.replace('_', '-')}: {why}")
     args.data = args.data and os.path.abspath(args.data)        # so that a run finds its images from anywhere
+    args.device = args.device or (torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
     if args.out is None:
-        name = [args.dataset, *([os.path.basename(args.data)] if args.dataset == "folder" else []), args.encoder, args.head]
-        name += [args.predictor] * (args.predictor != "none") + [words.strip("-").replace(" ", "") for words in flags(args)
-                 if not words.startswith(("--dataset", "--encoder", "--head ", "--predictor ", "--seed"))]
-        args.out = os.path.join("runs", "-".join([*name, f"seed{args.seed}"]))
+        named = ("--dataset", "--encoder", "--head ", "--predictor ", "--seed")
+        name = [args.dataset, os.path.basename(args.data or "") if args.dataset == "folder" else "", args.encoder, args.head,
+                args.predictor if args.predictor != "none" else "",
+                *(words.strip("-").replace(" ", "") for words in flags(args) if not words.startswith(named)), f"seed{args.seed}"]
+        args.out = os.path.join("runs", "-".join(word for word in name if word))
     return args
 
 
 def flags(args) -> list[str]:
     """The flags, "--name value" each, that make these arguments: those that differ from their defaults."""
-    usual = {"dataset": "shapes", "predictor": "none", "limit": None, "seed": 0, "precision": args.precision} | defaults(args)
-    return [f"--{flag.replace('_', '-')} {value}" for flag, value in vars(args).items() if flag not in PLACES and value != usual[flag]]
+    usual = vars(parser().parse_args([])) | defaults(args)
+    return [f"--{flag.replace('_', '-')} {value}" for flag, value in vars(args).items()
+            if flag not in PLACES and value != usual[flag]]
+
+
+def native_precision(device: torch.device) -> str:
+    """bfloat16 where the device computes in it, not where it is emulated; else float32."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return "bfloat16" if device.type == "cpu" and any(check() for check in checks if check) else "float32"
 
 
 # ---------------------------------------------------------------------------- data
 
-def load_dataset(name: str, root="data", train: bool = True, size: int = 64, limit: int | None = None, create: bool = True) -> tuple:
+def load_dataset(name: str, root="data", train=True, size=64, limit: int | None = None) -> tuple[Tensor, Tensor]:
     """(images uint8 (M, 3, S, S), labels int64 (M,)), labels -1 where unknown; shapes has (M, 2): shape and hue.
 
-    cifar10, cifar100 and stl10 (whose training part includes the unlabelled images) are torchvision's. For folder see
-    `load_folder`; its images are resized to `size`. limit: only the first so many training images. With `create` what is
-    absent is downloaded, and a folder's decoded images are kept in CACHE; without, nothing is written. Raises UserError.
+    cifar10, cifar100 and stl10 (whose training part includes the unlabelled images) are torchvision's, downloaded where
+    absent; for folder see `load_folder`. limit: only the first so many. Raises UserError.
     """
-    return read_dataset(name, root, train, size, limit, create)[:2]
+    return read_dataset(name, root, train, size, limit)[:2]
 
 
-def read_dataset(name, root, train, size, limit=None, create=False) -> tuple[Tensor, Tensor, list[str]]:
+def read_dataset(name, root, train, size=64, limit=None) -> tuple[Tensor, Tensor, list[str]]:
     """load_dataset, and the names of the classes."""
     if name == "folder":
-        return load_folder(Path(root), train, size, limit, create)
+        return load_folder(Path(root), train, size, limit)
     if name == "shapes":
-        images, labels, classes = *draw_shapes(*((10_000, 1) if train else (4_000, 2))), SHAPES
-    else:
-        images, labels, classes = load_torchvision(name, root, train, create)
-    if train and limit:
-        check_limit(limit, name, len(images))
-        images, labels = images[:limit], labels[:limit]
-    return images, labels, classes
-
-
-def load_torchvision(name: str, root, train: bool, create: bool) -> tuple[Tensor, Tensor, list[str]]:
-    """One of torchvision's data sets, downloaded with `create`. Raises UserError."""
+        images, labels = draw_shapes(10_000, seed=1) if train else draw_shapes(4_000, seed=2)
+        return images[:limit], labels[:limit], SHAPES
     make, folder = {"cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py"),
                     "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python"),
                     "stl10": (torchvision.datasets.STL10, "stl10_binary")}[name]
     part = dict(split="train+unlabeled" if train else "test") if name == "stl10" else dict(train=train)
-    there, missing = (Path(root) / folder).exists(), [d for d in (Path(root), *Path(root).parents) if not d.exists()]
-    if not there and not create:
-        raise UserError(f"no {folder} in {root}: name its folder by --data")
+    there = (Path(root) / folder).exists()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             data = make(root, download=not there, **part)
-    except Exception as e:          # torchvision raises many kinds here: RuntimeError, URLError, EOFError, UnpicklingError ...
-        why = f"{type(e).__name__}: {e}".split("\n")[0]
-        for made in missing:                                    # torchvision has made it, and nothing is in it
-            with contextlib.suppress(OSError):
-                made.rmdir()
-        if there:
-            raise UserError(f"{Path(root) / folder} is incomplete or corrupt ({why}); remove it to download again") from None
-        raise UserError(f"no {folder} in {root}, and no download ({why}); name its folder by --data, or use --dataset shapes") from None
-    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.labels if name == "stl10" else data.targets).long()
-    if name != "stl10":
-        images = images.permute(0, 3, 1, 2).contiguous()
-    if labels.min() < -1 or labels.max() >= len(data.classes):
-        raise UserError(f"{Path(root) / folder} has labels out of range: {labels.min()} to {labels.max()}")
-    return images, labels, data.classes
-
-
-def check_limit(limit: int, name: str, M: int) -> None:
-    if limit > M:
-        raise UserError(f"--limit {limit}: {name} has {M} training images")
+    except Exception as e:                              # torchvision raises many kinds
+        why = f"({type(e).__name__}: {e})".split("\n")[0]
+        raise UserError(f"{root}/{folder} is incomplete or corrupt {why}: remove it to download again" if there else
+                        f"no {folder} in {root}, and no download {why}: name its folder by --data") from None
+    images, labels = torch.from_numpy(data.data), torch.tensor(data.labels if name == "stl10" else data.targets).long()
+    images = images if name == "stl10" else images.permute(0, 3, 1, 2).contiguous()
+    return images[:limit], labels[:limit], data.classes
 
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "projhead"
@@ -403,171 +356,85 @@ PIXELS = 50_000_000                 # a picture of more is not read
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP"]         # those of torchvision's IMG_EXTENSIONS
 
 
-def load_folder(root: Path, train: bool, size: int, limit: int | None, create: bool) -> tuple[Tensor, Tensor, list[str]]:
-    """A part of a folder of images: root/train, and root/test or root/val, in any case; without these all of root, of which
-    a fifth, chosen by name, is for testing. Classes are the subfolders that hold training images.
-
-    What cannot be read is named on stderr and left out; UserError where that is over 1 % of the part.
-    """
+def load_folder(root: Path, train: bool, size: int, limit: int | None) -> tuple[Tensor, Tensor, list[str]]:
+    """A part of a folder of images: root/train, and root/test or root/val, in any case; without these all of root, of
+    which a fifth, chosen by name, is for testing. Classes are the training part's subfolders. What cannot be read is named
+    and left out; UserError where that is over 1 % of the part."""
     if not root.is_dir():
         raise UserError(f"no folder {root}: name one of images by --data, or use --dataset shapes")
     parts = {d.name.lower(): d for d in root.iterdir() if d.is_dir()}
-    test = next((parts[name] for name in ("test", "val", "valid", "validation") if name in parts), None)
-    root = parts.get("train", root)
-    bases = [root, test] if test and "train" in parts else [root, root]
-    files = {base: list(image_files(base)) for base in bases}
-    found = []                                          # [(path, its class's name or None)] of either part
-    for base, training in zip(bases, (True, False)):
-        paths = files[base]
-        crc = {f: zlib.crc32(str(f.relative_to(base)).encode(errors="replace")) for f in paths}
-        paths = sorted(paths, key=lambda f: (crc[f], f))        # mixed, so that the first N are of all classes
-        if bases[0] is bases[1]:                        # an image does not change sides when others come or go
-            paths = [f for f in paths if (crc[f] // 7 % 5 == 0) != training]
-        found.append([(f, f.relative_to(base).parts[0] if f.parent != base else None) for f in paths])
-    classes = sorted({name for _, name in found[0] if name is not None})
-    wanted = found[0 if train else 1]
-    if not wanted:
-        raise UserError(f"no images ({' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}) in {bases[not train]} to "
-                        f"{'train' if train else 'test'} on")
-    if train:
-        if limit:
-            check_limit(limit, "the folder", len(wanted))
-            wanted = wanted[:limit]
-        note(f"folder {root}: {len(found[0]):,} training and {len(found[1]):,} test images, {len(classes)} classes")
-    images, readable = decoded([f for f, _ in wanted], bases[not train], size, create)
-    number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number.get(name, -1) for _, name in wanted])
-    return images, labels[readable], classes
+    train_base = parts.get("train", root)
+    test = [parts[name] for name in ("test", "val", "valid", "validation") if name in parts and "train" in parts]
+    base = train_base if train or not test else test[0]
+    classes = sorted(d.name for d in train_base.iterdir() if d.is_dir())
+    label = {d.name: classes.index(d.name) if d.name in classes else -1 for d in base.iterdir() if d.is_dir()}
+    found = make_dataset(str(base), label, IMG_EXTENSIONS, allow_empty=True) if label else []      # [(path, label)]
+    found += [(str(f), -1) for f in base.iterdir() if f.name.lower().endswith(IMG_EXTENSIONS)]
+    found = sorted((zlib.crc32(os.path.relpath(path, base).encode(errors="replace")), path, i) for path, i in found)
+    if not test:                                        # by name: no image changes sides when others come or go
+        found = [image for image in found if (image[0] // 7 % 5 == 0) != train]
+    if not found:
+        raise UserError(f"no images ({' '.join(IMG_EXTENSIONS)}) in {base} to {'train' if train else 'test'} on")
+    found = found[:limit]                               # in the order of a hash, so of all classes
+    note(f"folder {base}: {len(found):,} images to {'train' if train else 'test'} on, {len(classes)} classes")
+    images, readable = decoded([path for _, path, _ in found], size)
+    return images, torch.tensor([i for *_, i in found])[readable], classes
 
 
-def image_files(base: Path):
-    """The files below base that have an image's name, also behind links; a folder is entered once."""
-    entered = set()
-    for folder, subfolders, names in os.walk(base, followlinks=True):
-        at = os.stat(folder)
-        if (at.st_dev, at.st_ino) in entered:
-            subfolders.clear()
-            continue
-        entered.add((at.st_dev, at.st_ino))
-        subfolders.sort()
-        files = (Path(folder, name) for name in names if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS))
-        yield from (f for f in files if f.is_file())
+def decoded(paths: list[str], size: int) -> tuple[Tensor, Tensor]:
+    """(images uint8 (M, 3, size, size), which of the paths could be read: bool (len(paths),)), mapped from a file that
+    all processes share. Its name is a hash of what it was made of. It holds the images, then a byte for each path."""
+    made_of = repr([size, *((path, s.st_size, s.st_mtime_ns) for path in paths for s in [os.stat(path)])])
+    file = CACHE / f"{hashlib.sha256(made_of.encode(errors='replace')).hexdigest()[:32]}.images"
+    if not file.is_file():
+        note(f"decoding {len(paths):,} images to {file}")
+        readable, bad = bytearray(len(paths)), 0
+        with replacing(file) as new, concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
+            for start in range(0, len(paths), 1024):
+                part = paths[start:start + 1024]
+                for i, image in enumerate(pool.map(read_image, part, [size] * len(part)), start):
+                    if isinstance(image, bytes):
+                        readable[i] = new.write(image) > 0
+                        continue
+                    note(f"left out {paths[i]}: {image}")
+                    bad += 1
+                    if bad > 0.01 * len(paths):
+                        raise UserError(f"over 1 % of {len(paths)} images cannot be read, the last {paths[i]}: {image}")
+            new.write(readable)
+    whole = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
+    return whole[:-len(paths)].view(-1, 3, size, size), whole[-len(paths):].bool()
 
 
-def listing(paths, base: Path, *more) -> str:
-    """A hash of the paths below base, sizes and times of these files, in this order, and of what else it is to depend on."""
-    made_of = [(str(f.relative_to(base)), s.st_size, s.st_mtime_ns) for f in paths for s in [f.stat()]]
-    return hashlib.sha256(repr((*more, made_of)).encode(errors="surrogatepass")).hexdigest()[:32]
-
-
-def decoded(paths: list[Path], base: Path, size: int, create: bool) -> tuple[Tensor, Tensor]:
-    """(images uint8 (M, 3, size, size), which of the paths could be read: bool (len(paths),)), mapped from a file in CACHE.
-
-    The file's name is a hash of what it was made of: paths below base, sizes, times. It holds a byte for each path, then the
-    images. It is written as NAME.tmp, under a lock, and renamed when whole. Without `create` the images go to memory.
-    """
-    file = CACHE / f"{listing(paths, base, size)}.images"
-    def parts(whole):
-        return whole[len(paths):].view(-1, 3, size, size), whole[:len(paths)].bool()
-    def mapped():
-        whole = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
-        if len(whole) != len(paths) + int(whole[:len(paths)].sum()) * 3 * size**2:
-            file.unlink()                               # it was cut short: made anew next time
-            raise UserError(f"{file} was damaged and has been removed: start again")
-        return parts(whole)
-    if file.is_file():
-        return mapped()
-    if not create:
-        decode(paths, size, pixels := io.BytesIO())
-        return parts(torch.frombuffer(pixels.getbuffer(), dtype=torch.uint8))
-    temporary = file.with_suffix(".tmp")
-    try:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with open(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as f:
-            lock(f.fileno(), wait=True)
-            if not file.is_file():                      # else another process was decoding, and has finished
-                f.truncate(0)
-                decode(paths, size, f)
-                f.flush()
-                os.replace(temporary, file)
-    except (OSError, UserError) as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"cannot keep the decoded images in {CACHE}: {e.strerror}; set XDG_CACHE_HOME to a folder with more room") from None
-    return mapped()
-
-
-def decode(paths: list[Path], size: int, file) -> None:
-    """Write a byte for each path, 1 where it can be read, and then the pixels of those. Raises UserError where over 1 % cannot."""
-    readable, bad = bytearray(len(paths)), 0
-    file.write(readable)
-    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
-        for start in range(0, len(paths), 1024):
-            for i, image in enumerate(pool.map(lambda f: read_image(f, size), paths[start:start + 1024]), start):
-                if isinstance(image, bytes):
-                    readable[i] = file.write(image) > 0
-                    continue
-                bad += 1
-                if bad > 0.01 * len(paths):
-                    pool.shutdown(cancel_futures=True)
-                    raise UserError(f"{bad} images cannot be read, over 1 % of {len(paths)}, the last {paths[i]}: {image}")
-                note(f"left out {paths[i]}: {image}")
-            if sys.stderr.isatty():
-                note(f"\rdecoded {min(start + 1024, len(paths)):,} of {len(paths):,} images" + "\n" * (start + 1024 >= len(paths)), end="")
-    file.seek(0)
-    file.write(readable)
-
-
-def read_image(path: Path, size: int) -> bytes | str:
+def read_image(path: str, size: int) -> bytes | str:
     """The pixels (3, size, size) of an image, resized and cropped to a square; or, in a line, why it cannot be read."""
     from PIL import Image, ImageOps                     # Pillow comes with torchvision
+    Image.MAX_IMAGE_PIXELS = None                       # PIXELS is the limit
     try:
-        Image.MAX_IMAGE_PIXELS = None                   # PIXELS is the limit
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > PIXELS:
-                return f"{image.width} x {image.height} pixels"
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F":
-                return "floating-point pixels"
-            if image.mode.startswith("I"):              # 16 bits, which Pillow would clip
-                x = torchvision.transforms.functional.pil_to_tensor(image.convert("I")) // 257
-                image = torchvision.transforms.functional.to_pil_image(x.clamp(0, 255).to(torch.uint8))
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            if image.width * image.height > PIXELS or image.mode.startswith(("I", "F")):
+                return f"{image.width} x {image.height} pixels of mode {image.mode}"
+            image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
             return b"".join(band.tobytes() for band in image.split())
     except Exception as e:                              # Pillow raises many kinds
         return f"{type(e).__name__}: {e}".split("\n")[0]
 
 
 def training_images(args, device) -> Tensor:
-    """The images of these arguments, on the device where they fit in half of its free memory."""
-    if LOCAL_RANK:                                      # the first process of each machine downloads or decodes, then the others read
+    """The images of these arguments, on the device where they fit in half of its free memory. Raises UserError."""
+    if LOCAL_RANK:                                      # a machine's first process downloads or decodes, then the others
         dist.barrier()
-    images, _ = load_dataset(args.dataset, args.data, True, args.image_size, args.limit)       # the labels are not looked at
+    images, _ = load_dataset(args.dataset, args.data, True, args.image_size, args.limit)    # the labels are not looked at
     if RANKS > 1 and not LOCAL_RANK:
         dist.barrier()
-    if len(images) < 2:
-        raise UserError(f"{len(images)} images are no training set: a loss needs at least two")
-    if device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(device)[0] / 2:
-        return images
-    return images.to(device)
-
-
-def fingerprint(images: Tensor) -> list[int]:
-    """The number of images and a checksum of their bytes: what they are, wherever they lie."""
-    crc = 0
-    for part in images.cpu().contiguous().split(4096):
-        crc = zlib.crc32(part.numpy(), crc)
-    return [len(images), crc]
+    if len(images) < (args.limit or 2):
+        raise UserError(f"there are {len(images)} training images, and {args.limit or 2} are needed")
+    fits = device.type != "cuda" or images.numel() < torch.cuda.mem_get_info(device)[0] / 2
+    return images.to(device) if fits else images
 
 
 def two_views(images, args, steps: range, per_epoch: int, N: int, device):
-    """For each step (x, other), a function of (args.seed, step) alone: x (2N, 3, S, S) are two views of its N images, and other,
-    with --inner-batch other, two views of N images drawn anew; else None.
-
-    Of several processes each makes its part of the batch.
-    """
+    """For each step (x, other), a function of (args.seed, step) alone: x (2N, 3, S, S), two views of its N images, and with
+    --inner-batch other two views of N images drawn anew, else None. Of several processes each makes its part."""
     def views(chosen, g):
         part = chosen[RANK * N // RANKS:][:N // RANKS]
         batch = to_device(images[to_device(part, images.device)], device)
@@ -583,7 +450,7 @@ def two_views(images, args, steps: range, per_epoch: int, N: int, device):
 
 
 def generator(seed: int, step: int, which: int) -> torch.Generator:
-    """Random numbers of their own for each (seed, step); `which` is 0 for an epoch's order, 1 for a step's augmentation."""
+    """Random numbers of their own for each (seed, step); `which` is 0 for an epoch's order, 1 for a step's batch."""
     return torch.Generator().manual_seed((seed * 1_000_003 + 2 * step + which) % 2**32)
 
 
@@ -592,14 +459,6 @@ def to_device(x: Tensor, device) -> Tensor:
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
-
-
-def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
-    """Linear over the first warmup * total steps, then a half cosine down to zero."""
-    rising = warmup * total
-    if step < rising:
-        return peak * (step + 1) / (rising + 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
 
 
 SHAPES = ["disc", "triangle", "square", "star", "disc, hollow", "triangle, hollow", "square, hollow", "star, hollow"]
@@ -737,14 +596,14 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 # target: BYOL's slow copy, Sequential(f, g), or None; start: the first values of phi, the parameters of g and q
 Model = collections.namedtuple("Model", "f g q target start")
-MODULES = ("encoder", "head", "predictor", "target")            # their names in a checkpoint
 
 
 def build(args, device="cpu") -> Model:
-    """The untrained networks of these arguments, a function of args.seed. Raises UserError for a width the head cannot have."""
+    """The untrained networks of these arguments, a function of args.seed. UserError for a width that cannot be."""
     torch.manual_seed(args.seed)
     f = projhead.encoder(args.encoder, args.image_size)
-    sizes = {size: getattr(args, flag) for flag, size in (("dim", "d"), ("hidden", "hidden"), ("depth", "depth")) if getattr(args, flag)}
+    sizes = {size: getattr(args, flag) for flag, size in (("dim", "d"), ("hidden", "hidden"), ("depth", "depth"))
+             if getattr(args, flag)}
     try:
         g = HEADS[args.head](f.dim, **sizes)
     except ValueError as e:
@@ -760,22 +619,29 @@ def build(args, device="cpu") -> Model:
     return Model(f, g, q, target, [p.detach().clone() for p in nn.ModuleList([g, q]).parameters()])
 
 
-def optimizers(model: Model, args) -> tuple[torch.optim.SGD, torch.optim.SGD]:
-    """SGD on theta and on phi, apart so that either can move alone; each group's learning rate is `scale` times the schedule's."""
-    made = []
-    for parts in ([(model.f, 1.0)], [(model.g, args.head_lr), (model.q, args.predictor_lr)]):
-        groups = [{"params": list(module.parameters()), "scale": scale or 0.0,
-                   "constant": module is model.q and args.predictor_schedule == "constant"} for module, scale in parts]
-        if args.predictor == "offdiag" and len(groups) == 2:
-            groups[1]["weight_decay"] = 0.0                     # decay would bring the head back to the identity by itself
-        cuda = next(model.f.parameters()).is_cuda
-        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=cuda)
+def modules(model: Model) -> dict[str, nn.Module]:
+    """The networks by their names in a checkpoint."""
+    named = {"encoder": model.f, "head": model.g, "predictor": model.q, "target": model.target}
+    return {name: module for name, module in named.items() if module is not None}
+
+
+def optimizers(model: Model, args) -> list[torch.optim.SGD]:
+    """SGD on theta and on phi, apart so that either can move alone. `train` sets a group's learning rate: `scale` times
+    the schedule's, or times its peak where `constant`."""
+    f, g, q = ({"params": list(module.parameters()), "scale": scale or 0.0, "constant": False}
+               for module, scale in ((model.f, 1.0), (model.g, args.head_lr), (model.q, args.predictor_lr)))
+    q["constant"] = args.predictor_schedule == "constant"
+    if args.predictor == "offdiag":
+        q["weight_decay"] = 0.0                                 # decay alone would bring the head back to the identity
+    made, fused = [], next(model.f.parameters()).is_cuda
+    for groups in ([f], [g, q]):
+        optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused)
         for p in parameters(optimizer):
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         if RANKS > 1:
             optimizer.register_step_pre_hook(average_gradients)
         made.append(optimizer)
-    return tuple(made)
+    return made
 
 
 def parameters(optimizer) -> list[Tensor]:
@@ -784,332 +650,195 @@ def parameters(optimizer) -> list[Tensor]:
 
 @torch.no_grad()
 def follow(model: Model, momentum: float) -> None:
-    """BYOL's moving average of the parameters. BatchNorm's buffers are the copy's own: it runs in train mode, on its batches."""
+    """BYOL's moving average of the parameters. BatchNorm's buffers are the copy's own: it too runs in train mode."""
     for slow, fast in zip(model.target.parameters(), nn.Sequential(model.f, model.g).parameters()):
         slow.lerp_(fast, 1 - momentum)
 
 
-def tensors(model: Model, theta=None, phi=None) -> dict[str, dict[str, Tensor]]:
-    """All that a checkpoint holds of the networks and of the optimizers' momentum, by name; not copied."""
-    parts = {name: module.state_dict() for name, module in zip(MODULES, model) if module is not None}
-    for name, optimizer in (("theta", theta), ("phi", phi)):
-        if optimizer:
-            parts[name] = {str(i): optimizer.state[p]["momentum_buffer"] for i, p in enumerate(parameters(optimizer))}
-    return parts
+def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
+    """Linear over the first warmup * total steps, then a half cosine down to zero."""
+    rising = warmup * total
+    if step < rising:
+        return peak * (step + 1) / (rising + 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
 
 
 # ---------------------------------------------------------------------------- a run's files
 
-OURS = r"checkpoint\.pt|metrics\.jsonl|eval\.json"            # the files of a run; each is first written as .NAME.HEX.tmp
-
-
-def write(path: Path, data) -> None:
-    """Replace the file by these bytes or leave it as it is: to a new file beside it, synced to disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A new file beside `path`: at the end it is synced to disk and takes that name; after an error it goes. Raises
+    UserError where it cannot be written, as on a full disk."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
-            file.write(data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as e:                                        # a full disk
+    except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {e.strerror}; what it held before is as it was") from None
-
-
-def save(path: Path, checkpoint: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write(path, buffer.getbuffer())
-
-
-def load(path: Path) -> tuple[argparse.Namespace, int, list, dict]:
-    """The arguments, step, fingerprint of the images and tensors of a checkpoint, on the CPU, without running what it holds.
-
-    It is compared with what its own arguments build: each tensor's name, shape and type, all values finite. Raises UserError.
-    """
-    try:
-        if not path.is_file():
-            raise ValueError("not a file")
-        with zipfile.ZipFile(path) as file:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
-                raise ValueError("compressed")
-        with warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=str(path).isprintable())
-        args, step, images = (checkpoint.pop(key) for key in ("args", "step", "images"))
-        args = checked(args)
-        with torch.device("meta"):                              # shapes and types, without memory
-            model = build(args, "meta")
-            expected = tensors(model, *optimizers(model, args))
-        size = sum(t.nbytes for part in expected.values() for t in part.values())
-        if not (size <= path.stat().st_size <= 2 * size + 2**20):
-            raise ValueError("size")
-        if type(step) is not int or step < 0 or [type(i) for i in images] != [int, int] or checkpoint.keys() != expected.keys():
-            raise ValueError("contents")
-        for name, part in expected.items():
-            if checkpoint[name].keys() != part.keys():
-                raise ValueError(name)
-            for key, t in part.items():
-                ours = checkpoint[name][key]
-                if type(ours) is not Tensor or (ours.layout, ours.dtype, ours.shape) != (t.layout, t.dtype, t.shape):
-                    raise ValueError(f"{name} {key}")
-                if not ours.isfinite().all():
-                    raise ValueError(f"{name} {key} is not finite")
-    except Exception as e:
-        raise UserError(f"{path} is not a checkpoint of ours ({type(e).__name__})") from None
-    return args, step, images, checkpoint
-
-
-def checked(saved: dict) -> argparse.Namespace:
-    """A checkpoint's arguments, if they are what their own flags give. Raises ValueError, UserError or others."""
-    args = parse_args([])
-    if saved.keys() != vars(args).keys() or any(type(v) not in (str, int, float, type(None)) for v in saved.values()):
-        raise ValueError("other flags")
-    if any(type(saved[k]) is not str for k in PLACES if k != "data" or saved["dataset"] != "shapes"):
-        raise ValueError("places")
-    words = [word for flag in flags(argparse.Namespace(**saved)) for word in flag.split(" ", 1)]
-    args = parse_args(words)
-    if any(repr(saved[k]) != repr(v) for k, v in vars(args).items() if k not in PLACES):
-        raise ValueError("values")
-    return argparse.Namespace(**saved)
-
-
-@torch.no_grad()
-def restore(expected: dict, found: dict) -> None:
-    """Copy the tensors of a checkpoint into those of `tensors(...)`."""
-    for name, part in expected.items():
-        for key, t in part.items():
-            t.copy_(found[name][key])
-
-
-def lock(file: int, wait: bool = False) -> None:
-    """Lock an open file or folder, until it is closed or the process ends. Raises BlockingIOError where another process has it."""
-    import fcntl
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
+        if isinstance(e, OSError):
+            raise UserError(f"cannot write {path}: {e.strerror}; what it held before is as it was") from None
         raise
-    except OSError:
-        pass                                                    # a file system without locks
 
 
-@contextlib.contextmanager
-def locked(out: Path):
-    """The run's folder, made if need be, for this process alone; removed at the end if nothing was put there. Raises UserError."""
-    if RANK:
-        yield
-        return
-    made, folder = [], None
+def load(path: Path) -> dict:
+    """A checkpoint {args, step, images, state dicts by name}, on the CPU, without running what it holds. UserError."""
     try:
-        try:
-            made = [p for p in (out, *out.parents) if not p.exists()]
-            out.mkdir(parents=True, exist_ok=True)
-            folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-            lock(folder)
-        except BlockingIOError:
-            raise UserError(f"--out {out}: another process is training there") from None
-        except OSError as e:
-            raise UserError(f"--out {out}: {e.strerror}") from None
-        yield
-    finally:
-        if folder is not None:
-            os.close(folder)
-        for p in made:
-            with contextlib.suppress(OSError):
-                p.rmdir()
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint | {"args": dict(checkpoint["args"]), "step": int(checkpoint["step"])}
+    except Exception as e:                                      # of pickle, zipfile, torch
+        raise not_ours(path, e) from None
 
 
-def claim(out: Path, args) -> tuple | None:
-    """What `load` reads of a run that is to be continued, None for a new one. Raises UserError if `out` holds anything else."""
-    found = None
+def not_ours(path: Path, e: Exception) -> UserError:
+    return UserError(f"{path} is not a checkpoint of ours ({type(e).__name__})")
+
+
+def start_run(args, images: Tensor, parts: dict, per_epoch: int, device) -> argparse.Namespace:
+    """A run at .step of .total: as its checkpoint has it, or a new one, saved at once. Its .log holds the lines of
+    metrics.jsonl. parts: what has a state dict, by its name in a checkpoint. Raises UserError."""
+    out, checkpoint, now = Path(args.out), [None], time.perf_counter()
+    if RANK == 0 and (out / "checkpoint.pt").exists():
+        checkpoint = [load(out / "checkpoint.pt")]
+    elif RANK == 0 and (out / "metrics.jsonl").exists():
+        raise UserError(f"--out {out} holds a metrics.jsonl without a checkpoint: choose another")
+    if RANKS > 1:
+        dist.broadcast_object_list(checkpoint)                  # the first process knows
+    run = argparse.Namespace(args=args, out=out, parts=parts, images=[len(images), zlib.crc32(images.cpu().numpy())],
+                             step=0, total=args.epochs * per_epoch, per_epoch=per_epoch, began=now, said=now)
+    if args.precision is None:                                  # a run that moves to another device keeps its own
+        args.precision = checkpoint[0]["args"]["precision"] if checkpoint[0] else native_precision(device)
+    run.log = [json.dumps({
+        "command": command(), "args": vars(args), "images": len(images), "python": sys.version.split()[0],
+        "torch": torch.__version__, "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
+        "processes": RANKS, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)})]
+    if checkpoint[0]:
+        resume(run, checkpoint[0])
+    else:
+        save(run, 0)
+    say(f"{out}: {len(images)} images of {args.image_size} px, {args.encoder} in {args.precision} on {device}, "
+        f"step {run.step} of {run.total}" + f", {RANKS} processes" * (RANKS > 1))
+    return run
+
+
+def resume(run, checkpoint: dict) -> None:
+    """Put a run where its checkpoint stands. Raises UserError where that is of other arguments or images."""
+    old, log = checkpoint["args"] | {"images": checkpoint["images"]}, run.out / "metrics.jsonl"
+    new = vars(run.args) | {"images": run.images}
+    differ = [f"{flag.replace('_', '-')} {old.get(flag)} there, {value} here" for flag, value in new.items()
+              if flag not in PLACES and old.get(flag) != value]
+    if differ:
+        raise everywhere(UserError(f"--out {run.out} holds another run: {'; '.join(differ)}: choose another"))
+    restore(run.parts, checkpoint, run.out / "checkpoint.pt")
+    run.step = checkpoint["step"]
+    if log.exists():
+        run.log = log.read_text().splitlines()[:1 + run.step // run.per_epoch]
+
+
+def restore(parts: dict, checkpoint: dict, path: Path) -> None:
+    """Load the state of each part, strictly. Raises UserError."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except Exception as e:                                      # KeyError, RuntimeError, ValueError ...
+        raise not_ours(path, e) from None
+
+
+def save(run, step: int) -> None:
+    """Write the checkpoint. Raises UserError where a weight is not finite: what was saved before stays."""
+    states = {name: part.state_dict() for name, part in run.parts.items()}
+    if not all(t.isfinite().all() for name in states.keys() - {"theta", "phi"} for t in states[name].values()):
+        raise diverged("a weight or a BatchNorm's statistic is not finite", step, run.args)
     if RANK == 0:
-        entries = list(os.scandir(out))
-        for entry in entries:
-            if not re.fullmatch(rf"{OURS}|\.({OURS})\.[0-9a-f]{{16}}\.tmp", entry.name) or not entry.is_file(follow_symlinks=False):
-                raise UserError(f"--out {out} holds {entry.name}, which no run of ours does: move it away, or choose another")
-        if (out / "checkpoint.pt").exists():
-            found = load(out / "checkpoint.pt")
-            old = vars(found[0])
-            differ = [f"--{k.replace('_', '-')} {old[k]} there, {v} here"
-                      for k, v in vars(args).items() if k not in PLACES and old[k] != v]
-            if differ:
-                why = " (the learning rate's schedule depends on the epochs)" * (old["epochs"] != args.epochs)
-                raise UserError(f"--out {out} holds another run: {'; '.join(differ)}{why}: choose another")
-        elif (out / "metrics.jsonl").exists():
-            raise UserError(f"--out {out} holds a metrics.jsonl without a checkpoint: choose another")
-        for entry in entries:
-            if entry.name.endswith(".tmp"):
-                os.unlink(entry)                                # of a process that was killed
-    return all_tell(found)[0]                                   # the first process knows
+        torch.save({"args": vars(run.args), "step": step, "images": run.images, **states}, buffer := io.BytesIO())
+        with replacing(run.out / "checkpoint.pt") as file:
+            file.write(buffer.getbuffer())
+    run.saved = time.perf_counter()
 
 
-class Run:
-    """The losses and files of a run while it trains: what is not the method."""
-
-    def __init__(self, args, images, model, theta, phi, total: int, per_epoch: int):
-        self.out, self.args, self.model, self.total, self.per_epoch = Path(args.out), args, model, total, per_epoch
-        self.images, self.device = fingerprint(images), next(model.f.parameters()).device
-        self.tensors, self.warned, self.saved_at = tensors(model, theta, phi), False, 0.0
-        found = all_tell(self.images)
-        if any(i != found[0] for i in found):
-            numbers = ", ".join(str(i[0]) for i in found)
-            raise everywhere(UserError(f"the processes have different images: {numbers} of them, or other bytes"))
-
-    def start(self, checkpoint: tuple | None) -> int:
-        """The step to start from: 0, with the first files written, or the checkpoint's."""
-        step, N = 0, min(self.args.batch_size, self.images[0])
-        if N % RANKS:
-            raise everywhere(UserError(f"--batch-size {N} does not divide evenly over {RANKS} processes"))
-        if checkpoint:
-            _, step, images, found = checkpoint
-            if images != self.images:
-                raise everywhere(UserError(f"--out {self.out} was trained on {images[0]} other images than the {self.images[0]} here: "
-                                           "choose another"))
-            restore(self.tensors, found)
-        first = {"command": command(), "args": vars(self.args), "images": self.images[0], "python": sys.version.split()[0],
-                 "torch": torch.__version__, "torchvision": torchvision.__version__, "threads": torch.get_num_threads(), "processes": RANKS,
-                 "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)}
-        self.log = read_log(self.out / "metrics.jsonl", 1 + step // self.per_epoch) if step else []
-        self.log = self.log or [json.dumps(first)]
-        if not checkpoint:
-            self.save(0)
-        if step < self.total:
-            self.write_log()
-            say(f"{self.out}: {self.images[0]} images of {self.args.image_size} px, {self.args.encoder}, {self.total - step} steps of "
-                f"{N} images on {self.device}" + f", {RANKS} processes" * (RANKS > 1))
-        self.first = step
-        self.pending, self.losses, self.began, self.since = [], [], time.perf_counter(), time.perf_counter()
-        return step
-
-    def after(self, step: int, lr: float, h: Tensor, loss: Tensor, inner: Tensor | None, stopped: int) -> None:
-        """What follows a step: its loss is kept, and looked at later, since a look waits for the GPU. At the end of an epoch the
-        log is written; then, or when a signal has come, the checkpoint."""
-        self.pending.append((step + 1, lr, torch.stack([loss, loss if inner is None else inner])))
-        epoch, i = divmod(step + 1, self.per_epoch)             # complete epochs, and steps after them
-        eta = (time.perf_counter() - self.began) / (step + 1 - self.first) * (self.total - step - 1)
-        if step == self.first and eta > 3600 and self.device.type == "cpu":
-            note(f"this will take about {eta / 3600:.0f} hours on this CPU; --encoder convnet --epochs 10 takes minutes")
-        if sys.stdout.isatty():
-            say(f"\repoch {step // self.per_epoch + 1}/{self.args.epochs}  step {step % self.per_epoch + 1}/{self.per_epoch}  "
-                f"ETA {clock(eta)} ", end="")
-        if i and not stopped and len(self.pending) < 100:
-            return
-        self.losses += self.look()
-        if i == 0:
-            self.end_epoch(epoch, step + 1, lr, h, eta)
-        if stopped or step + 1 == self.total or i == 0 and time.perf_counter() - self.saved_at > 30:
-            self.save(step + 1, lr)
-        if stopped and step + 1 < self.total:
-            note(f"\nstopped after step {step + 1} of {self.total}; this continues: {command()}")
-            raise SystemExit(128 + stopped)
-        if i == 0:
-            self.losses, self.since = [], time.perf_counter()
-
-    def look(self) -> list[list[float]]:
-        """[loss, inner loss] of the pending steps, means over the processes. Raises UserError for a loss that is not finite."""
-        values = torch.stack([value for _, _, value in self.pending]).double().cpu()
-        if RANKS > 1:
-            dist.all_reduce(values)
-            values /= RANKS
-        for (step, lr, _), loss in zip(self.pending, values[:, 0].tolist()):
-            if not math.isfinite(loss):
-                raise everywhere(self.diverged(f"the loss is {loss}", step, lr))
-        self.pending = []
-        return values.tolist()
-
-    def diverged(self, what: str, step: int, lr: float) -> UserError:
-        return UserError(f"{what} in step {step}, at a learning rate of {lr:.3g}: try a smaller --lr than {self.args.lr}{' or --sparsity' * bool(self.args.sparsity)}; "
-                         f"{self.out} keeps what was saved before")
-
-    def end_epoch(self, epoch: int, step: int, lr: float, h: Tensor, eta: float) -> None:
-        """Measure the last batch, add a line to metrics.jsonl and print it."""
-        args, (f, g, q, *_) = self.args, self.model
-        with torch.no_grad():
-            z = g.eval()(h)
-            g.train()
-        h, z = projhead.gather(h), projhead.gather(z)
-        if not (h.isfinite().all() and z.isfinite().all()):
-            raise everywhere(self.diverged("h or z is not finite", step, lr))
-        loss, inner = torch.tensor(self.losses).mean(dim=0).tolist()
-        line = {"epoch": epoch, "step": step, "loss": loss} | ({"inner_loss": inner} if args.inner_steps else {}) | {"lr": lr}
-        for name, features in (("h", h), ("z", z)):
-            line |= {f"rank_{name}": projhead.effective_rank(features), f"spread_{name}": projhead.spread(features)}
-        if args.predictor == "offdiag":
-            line["offdiag"] = q.E.norm().item()
-        if args.predictor == "linear":
-            line["moved"] = (q.weight.detach() - self.model.start[-1]).norm().item()
-        if args.sparsity:
-            line |= {"penalty": sparsity(g, args.sparsity_norm).item(), "pruned": projhead.fraction_pruned(g, h)}
-        seconds = time.perf_counter() - self.since
-        speed = 2 * min(args.batch_size, self.images[0]) * len(self.losses) / seconds
-        line |= {"seconds": seconds, "views_per_s": speed, "memory": peak_memory(self.device)}
-        self.log.append(as_json(line))
-        self.write_log()
-        extra = "".join(f"  {k} {line[k]:.3f}" for k in ("offdiag", "pruned") if k in line)
-        say("\r" * sys.stdout.isatty() + f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  rank h {line['rank_h']:.1f} z {line['rank_z']:.1f}"
-            f"{extra}  {speed:.0f} views/s  ETA {clock(eta)}")
-        low = min(line["spread_h"], line["spread_z"])
-        if low < 0.05 and not self.warned:
-            self.warned = True
-            note(f"warning: the features collapse: their spread is {low:.2g} after epoch {epoch}, where 0 is one point")
-
-    def write_log(self) -> None:
-        if RANK == 0:
-            write(self.out / "metrics.jsonl", "".join(line + "\n" for line in self.log).encode())
-
-    def save(self, step: int, lr: float = 0.0) -> None:
-        if not all(bool(t.isfinite().all()) for part in self.tensors.values() for t in part.values()):
-            raise everywhere(self.diverged("a weight or a BatchNorm's statistic is not finite", step, lr))
-        args = {k: v.encode(errors="replace").decode() if isinstance(v, str) else v for k, v in vars(self.args).items()}     # UTF-8
-        if RANK == 0:
-            save(self.out / "checkpoint.pt", {"args": args, "step": step, "images": self.images, **self.tensors})
-        self.saved_at = time.perf_counter()
-
-    def finish(self) -> None:
-        finished, took = self.first >= self.total, clock(time.perf_counter() - self.began)
-        what = f"{self.out} is finished: {self.args.epochs} epochs" if finished else f"done in {took}"
-        say(f"{what}. Look at it: python eval.py {shlex.quote(str(self.out))}")
+def look(losses: list[Tensor], step: int, args) -> list[float]:
+    """The means of [loss, inner loss] over the epoch's steps so far. Raises UserError for one that is not finite."""
+    values = torch.stack(losses).cpu()                          # this waits for a GPU
+    if RANKS > 1:
+        dist.all_reduce(values)
+        values /= RANKS
+    for i, loss in enumerate(values[:, 0].tolist(), step + 1 - len(losses)):
+        if not math.isfinite(loss):
+            raise diverged(f"the loss is {loss}", i, args)
+    return values.mean(dim=0).tolist()
 
 
-def read_log(path: Path, count: int) -> list[str]:
-    """The first `count` lines of metrics.jsonl, or fewer."""
-    lines = []
-    if path.is_file():
-        with open(path, "rb") as file:
-            while len(lines) < count and (line := file.readline(2**16)).endswith(b"\n"):
-                lines.append(line.decode(errors="replace").rstrip("\n"))
-    return lines
+def diverged(what: str, step: int, args) -> BaseException:
+    return everywhere(UserError(f"{what} in step {step}: try a smaller --lr than {args.lr}"
+                                f"{' or --sparsity' * bool(args.sparsity)}; {args.out} keeps what was saved before"))
 
 
-def as_json(value) -> str:
-    """JSON in one line, floats to six digits after the point; NaN and infinities are null."""
-    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None, parse_float=lambda v: round(float(v), 6)))
+def end_epoch(run, step: int, lr: float, means: list[float], h: Tensor, model: Model, seconds: float) -> None:
+    """Measure the last batch, add a line to metrics.jsonl and print it. README.md explains the keys."""
+    args = run.args
+    with torch.no_grad():
+        z = model.g.eval()(h)
+        model.g.train()
+    h, z = projhead.gather(h), projhead.gather(z)
+    if not (h.isfinite().all() and z.isfinite().all()):
+        raise diverged("h or z is not finite", step, args)
+    line = {"epoch": step // run.per_epoch, "step": step, "loss": means[0], "lr": lr}
+    for name, features in (("h", h), ("z", z)):
+        line |= {f"rank_{name}": projhead.effective_rank(features), f"spread_{name}": projhead.spread(features)}
+    if args.inner_steps:
+        line["inner_loss"] = means[1]
+    if args.predictor == "offdiag":
+        line["offdiag"] = model.q.E.norm().item()
+    if args.predictor == "linear":
+        line["moved"] = (model.q.weight.detach() - model.start[-1]).norm().item()
+    if args.sparsity:
+        line |= {"penalty": sparsity(model.g, args.sparsity_norm).item(), "pruned": projhead.fraction_pruned(model.g, h)}
+    speed = len(h) * min(run.per_epoch, step - run.step) / seconds
+    line |= {"seconds": seconds, "views_per_s": speed} | peak_memory(h.device)
+    run.log.append(json.dumps({key: value if isinstance(value, int) else round(value, 6) for key, value in line.items()}))
+    if RANK == 0:
+        with replacing(run.out / "metrics.jsonl") as file:
+            file.write("".join(line + "\n" for line in run.log).encode())
+    extra = "".join(f"  {key} {line[key]:.3f}" for key in ("offdiag", "pruned") if key in line)
+    say(f"epoch {line['epoch']}/{args.epochs}  loss {means[0]:.4f}  rank h {line['rank_h']:.1f} z {line['rank_z']:.1f}{extra}  "
+        f"{speed:.0f} views/s")
+
+
+def tell(run, step: int, stopped: int) -> None:
+    """How far it is, always on a terminal and once a minute elsewhere; after a signal how to continue, and SystemExit."""
+    now, live = time.perf_counter(), sys.stdout.isatty()
+    if stopped and step < run.total:
+        note(f"stopped after step {step} of {run.total}; this continues: {command()}")
+        raise SystemExit(128 + stopped)
+    if live or now - run.said > 60:
+        eta = datetime.timedelta(seconds=int((now - run.began) / (step - run.step) * (run.total - step)))
+        say(f"step {step}/{run.total}  ETA {eta} ", end="\r" if live else "\n")
+        run.said = now
 
 
 def command() -> str:
     return shlex.join((["torchrun", "--nproc-per-node", str(LOCAL_RANKS)] if RANKS > 1 else ["python"]) + sys.argv)
 
 
-def peak_memory(device) -> float:
-    """GiB that the device (on a CPU this process) has held at most."""
+def peak_memory(device) -> dict:
+    """{memory: GiB that the device, or on a CPU this process, has held at most}, where the system says."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return {"memory": torch.cuda.max_memory_allocated(device) / 2**30}
     try:
-        import resource
-    except ImportError:                                         # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def clock(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=int(seconds)))
+        import resource                                         # not on Windows
+    except ImportError:
+        return {}
+    return {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)}
 
 
 # ---------------------------------------------------------------------------- several processes, signals, the terminal
 
 def join(args) -> torch.device:
-    """This process's device; under torchrun it joins the others, by nccl on GPUs and gloo on CPUs."""
+    """This process's device; under torchrun it joins the others, by nccl on GPUs and gloo on CPUs. Raises UserError."""
     device = usable(f"cuda:{LOCAL_RANK}" if RANKS > 1 and args.device == "cuda" else args.device)
     if RANKS > 1 and not dist.is_initialized():
         if device.type == "cuda":
@@ -1125,15 +854,7 @@ def usable(device: str) -> torch.device:
         x.item()                                                # the device "meta" holds no values
         return x.device
     except Exception as e:
-        raise UserError(f"--device {device}: {str(e).splitlines()[0]}") from None
-
-
-def all_tell(value) -> list:
-    """What each process has, in all of them."""
-    values = [value]
-    if RANKS > 1:
-        dist.all_gather_object(values := [None] * RANKS, value)
-    return values
+        raise UserError(f"--device {device}: {e}".splitlines()[0]) from None
 
 
 def everywhere(error: UserError) -> BaseException:
@@ -1153,81 +874,55 @@ def average_gradients(optimizer, *_) -> None:
 
 @contextlib.contextmanager
 def signals():
-    """A list that will hold the first SIGINT or SIGTERM; the next one ends the process. The handlers are restored at the end.
-
-    Python runs a handler only between two operations, and a backward pass is one: so a thread says at once that the step is
-    being finished, and ends the process on a second signal.
-    """
-    caught, before, ends = [], {}, os.pipe()
-    os.set_blocking(ends[1], False)
-    def watch():
-        seen = 0
-        while number := os.read(ends[0], 1):
-            if number[0] not in before:                         # a SIGCHLD, say, which another module handles
-                continue
-            seen += 1
-            if seen == 1:
-                note("\nfinishing the step, then saving")
-            elif RANKS == 1:                                    # torchrun passes on what has come already
-                os._exit(128 + number[0])
-    watcher = threading.Thread(target=watch, daemon=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, lambda number, _: caught.append(number))
-    old = signal.set_wakeup_fd(ends[1])
-    watcher.start()
+    """A list that will hold the first SIGINT or SIGTERM; a second one ends the process."""
+    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    def first(number, _):
+        caught.append(number)
+        os.write(2, b"\nfinishing the step, then saving\n" * (RANK == 0))
+        for number in numbers * (RANKS == 1):                   # torchrun passes on what has come already
+            signal.signal(number, signal.SIG_DFL)
+    before = [signal.signal(number, first) for number in numbers]
     try:
         yield caught
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
-        signal.set_wakeup_fd(old)
-        os.close(ends[1])
-        watcher.join()
-        os.close(ends[0])
 
 
 def first_signal(caught: list[int]) -> int:
     """The signal after which to stop, or 0. All processes stop after the same step; this waits for processes, not for GPUs."""
-    number = caught[0] if caught else 0
+    number = torch.tensor(caught[0] if caught else 0)
     if RANKS > 1:
-        dist.all_reduce(number := torch.tensor(number), dist.ReduceOp.MAX)
-        number = int(number)
-    return number
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
 
 
-def printable(text) -> str:
-    """The text with control characters, as of hostile file names, written as escapes; line breaks at its ends stay."""
-    text = str(text)
-    core = text.strip("\r\n")
-    return text.replace(core, "".join(c if c.isprintable() else repr(c)[1:-1] for c in core)) if core else text
-
-
-def say(text: str, end: str = "\n") -> None:
+def say(text: str, end: str = "\n", file=None) -> None:
     if RANK == 0:
-        print(printable(text), end=end, flush=True)
+        print(text, end=end, file=file, flush=True)
 
 
-def note(text: str, end: str = "\n") -> None:
-    if RANK == 0:
-        print(printable(text), end=end, file=sys.stderr, flush=True)
+def note(text: str) -> None:
+    say(text, file=sys.stderr)
 
 
 def main(run) -> None:
     """Run a script's main function; what the user can mend is one line on stderr and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")           # names of files that are no text
     try:
         run()
+    except KeyboardInterrupt:                                   # before the first step, or in eval.py
+        sys.exit(130)
     except BrokenPipeError:                                     # eval.py ... | head
         os._exit(1)
-    except (UserError, OSError) as e:
-        print(f"error: {printable(e)}", file=sys.stderr)
+    except (UserError, OSError, RuntimeError, MemoryError) as e:
+        memory = isinstance(e, MemoryError) or "to allocate" in str(e)
+        others = RANKS > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e))      # one has stopped, and said why
+        if isinstance(e, RuntimeError) and not memory and not others:
+            raise
+        if not others:
+            print(f"error: {'out of memory: try a smaller --batch-size' if memory else e}", file=sys.stderr)
         sys.exit(2)
-    except (RuntimeError, MemoryError) as e:
-        if isinstance(e, MemoryError) or "to allocate" in str(e):
-            print("error: out of memory: try a smaller --batch-size", file=sys.stderr)
-            sys.exit(2)
-        if RANKS > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
-            sys.exit(2)                                         # another process has stopped, and said why
-        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
