@@ -2,23 +2,22 @@
 """Measure trained runs at each tap: h, the layers inside the head, z and p.
 
     python eval.py                           # the newest run in runs/: a row for each tap
-    python eval.py RUN RUN ...               # a row for each method: mean ± standard deviation over runs that differ in the seed alone
+    python eval.py RUN --columns linear rank               # these columns only; all of them: --json
+    python eval.py RUN RUN ...               # a row for each method: mean±standard deviation over runs that differ in the seed
     python eval.py RUN RUN ... --taps        # the same with a row for each tap of each method
+    python eval.py RUN RUN ... --against "--head mlp"      # differences from that row over the seeds that both have
     python eval.py RUN --dataset cifar100    # transfer: other labelled images through the same encoder
     python eval.py RUN --probe transform     # what linear probes can tell of what was done to an image; needs no labels
-    python eval.py RUN --neighbors out.png   # pictures: test images with their nearest training images; --views, --curves
+    python eval.py RUN --neighbors out.png   # a picture: test images with their nearest training images; or --views
 
-Every network is frozen and in eval mode; labels are read here and nowhere else. Probes see the training images of the run
-(its first --limit N, where it was given); the test images are scored once. What was measured is kept in RUN/eval.json.
+Every network is frozen, in eval mode and in float32; labels are read here and nowhere else. Probes see the training images
+of the run (its first --limit N, where it was given); the test images are scored once. Results are kept in RUN/eval.json.
 """
-if __name__ == "__main__":
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends without a traceback
-
+import train                                # first: it sets what torch's threads do while they wait
 import argparse
+import contextlib
 import copy
 import functools
-import io
 import json
 import math
 import os
@@ -32,31 +31,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import projhead
-import train
 from train import UserError, note
 
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+UNTRAINED = {}      # the rows of encoders before the first step, which runs of the same seed share
 PROBED = 10_000     # images of either part that --probe transform looks at, at most
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # Student's t, 97.5 %, 1 to 9 degrees of freedom
 
 
 # ---------------------------------------------------------------------------- runs and features
 
 def load_run(path, device="cpu") -> argparse.Namespace:
-    """A run from its folder: .path, .args, .step of .steps, .images, and the frozen .encoder, .head and .predictor in eval mode, and
-    .untrained, the encoder before the first step. Only checkpoint.pt is read. Raises UserError."""
+    """A run from its folder: .path, .args, .step of .steps, .images, the frozen .encoder, .head and .predictor in eval mode,
+    and .untrained, the encoder before the first step. Only checkpoint.pt is read. Raises UserError."""
     path = Path(path).parent if Path(path).name == "checkpoint.pt" else Path(path)
-    if not (path / "checkpoint.pt").is_file():
+    file = path / "checkpoint.pt"
+    if not file.is_file():
         raise UserError(f"no checkpoint.pt in {path}: name a run's folder, or make one by python train.py")
-    args, step, images, found = train.load(path / "checkpoint.pt")
-    model = train.build(args)
+    checkpoint = train.load(file)
+    try:
+        args, images = argparse.Namespace(**checkpoint["args"]), checkpoint["images"]
+        model, steps = train.build(args), args.epochs * (images[0] // min(args.batch_size, images[0]))
+    except Exception as e:                  # arguments that are none of ours
+        raise train.not_ours(file, e) from None
     untrained = copy.deepcopy(model.f)
-    train.restore({name: part for name, part in train.tensors(model).items() if name != "target"}, found)
-    run = argparse.Namespace(path=path, args=args, step=step, images=images,
-                             steps=args.epochs * (images[0] // min(args.batch_size, images[0])),
-                             encoder=model.f, head=model.g, predictor=model.q, untrained=untrained)
-    for module in (run.encoder, run.head, run.predictor, run.untrained):
+    parts = {"encoder": model.f, "head": model.g, "predictor": model.q}
+    train.restore(parts, checkpoint, file)
+    for module in (*parts.values(), untrained):
         module.to(device).eval().requires_grad_(False)
-    return run
+    return argparse.Namespace(path=path, args=args, step=checkpoint["step"], steps=steps, images=images, **parts,
+                              untrained=untrained)
 
 
 def layers(head: nn.Module) -> list[nn.Module]:
@@ -76,7 +80,7 @@ def taps(run, x: Tensor) -> dict[str, Tensor]:
     z = run.head(h)
     for hook in hooks:
         hook.remove()
-    out = {"h": h} | {tap: y for tap, y in inside.items() if y is not z} | ({} if z is h else {"z": z})
+    out = {"h": h} | {tap: y for tap, y in inside.items() if y is not z and y is not h} | ({} if z is h else {"z": z})
     return out | ({"p": run.predictor(z)} if run.args.predictor != "none" else {})
 
 
@@ -107,17 +111,17 @@ def features(run, images: Tensor, view=None, batch_size: int = 500) -> dict[str,
     return found
 
 
-def untrained(run) -> argparse.Namespace:
-    """The run's encoder before the first step, without a head, for features()."""
+def trained_and_not(run) -> list[tuple[str, argparse.Namespace]]:
+    """(suffix of a tap's name, what features() takes): the run, and its encoder before the first step, without a head."""
     args = argparse.Namespace(predictor="none", image_size=run.args.image_size)
-    return argparse.Namespace(args=args, encoder=run.untrained, head=nn.Sequential(), predictor=nn.Identity())
+    start = argparse.Namespace(args=args, encoder=run.untrained, head=nn.Sequential(), predictor=nn.Identity())
+    return [("", run), (" untrained", start)]
 
 
 # ---------------------------------------------------------------------------- probes
 
-@torch.no_grad()
 def probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> tuple[float, float, float]:
-    """Multinomial logistic regression on frozen features: (test accuracy in percent, chosen l2, its held-out accuracy in percent).
+    """Logistic regression on frozen features: (test accuracy in percent, chosen l2, its held-out accuracy in percent).
 
     x: (M, dim), y: int64 (M,). Features are standardized by the training part. Minimizes mean cross-entropy + l2/2
     ||W||^2 (not the bias); l2 is the one of L2 that does best on a held-out fifth of the training part (the stronger of
@@ -131,81 +135,48 @@ def probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> t
     std = torch.where(std > 1e-6 * mean.abs(), std, 1)              # what varies by less is rounding of a constant
     x, test_x = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (train_x[order], test_x))    # bias: a column of 1
     classes, y = train_y[order].unique(return_inverse=True)         # a class that is not there is never predicted
-    held, n = len(x) // 5, len(x)
-    covariance, weights, pairs, best = (x.T @ x / n).double(), x.new_zeros(len(classes), x.shape[1]), [], None
+    held, weights, best = len(x) // 5, x.new_zeros(len(classes), x.shape[1]), None
+    covariance = projhead.on_cpu(x.T @ x / len(x))
     for l2 in L2:                                                   # each starts where the last ended
-        weights, pairs = fit(x[held:], y[held:], l2, weights, pairs, covariance, tolerance=1e-5)
+        weights = fit(x[held:], y[held:], l2, weights, covariance, tolerance=1e-4)
         right = (x[:held] @ weights.T).argmax(1) == y[:held]
         if best is None or right.sum() > best[0].sum():
-            best = right, l2, weights, pairs
+            best = right, l2, weights
         lost, won = (best[0] & ~right).sum().item(), (right & ~best[0]).sum().item()
         if lost - won > 2 * (lost + won) ** 0.5:
             break
-    right, l2, weights, pairs = best
-    weights, _ = fit(x, y, l2, weights, pairs, covariance, tolerance=1e-7)
+    right, l2, weights = best
+    weights = fit(x, y, l2, weights, covariance, tolerance=1e-6)
     hits = classes[(test_x @ weights.T).argmax(1)] == test_y
     return 100 * hits.sum().item() / len(hits), l2, 100 * right.sum().item() / len(right)
 
 
 def linear_probe(*data: Tensor) -> tuple[float, float]:
-    """(test accuracy in percent, chosen l2) of probe(train_x, train_y, test_x, test_y). Raises ValueError for fewer than 5 rows."""
+    """(test accuracy in percent, chosen l2) of probe(train_x, train_y, test_x, test_y). ValueError for fewer than 5 rows."""
     return probe(*data)[:2]
 
 
-def fit(x: Tensor, y: Tensor, l2: float, weights: Tensor, pairs: list, covariance: Tensor, tolerance: float):
-    """Minimizes mean cross-entropy + l2/2 ||W||^2 (not the last column) by L-BFGS: (weights, pairs).
+def fit(x: Tensor, y: Tensor, l2: float, weights: Tensor, covariance: Tensor, tolerance: float) -> Tensor:
+    """The minimum (classes, dim) of mean cross-entropy + l2/2 ||W||^2 (not the last column) by L-BFGS, from `weights`.
 
-    x: (M, dim), the last column 1. y: int64 (M,). weights: (classes, dim), the start. covariance: double (dim, dim),
-    x^T x / M, or about that. pairs: what the last fit returned, of a problem with other rows or another l2, or []: what
-    it learned of the curvature helps this one. Ends where the loss is about `tolerance` above its minimum; nearer,
-    down to 1e-7, where the loss is small: there less decides.
-
-    At W = 0 the Hessian is covariance / classes + l2 for each class, less what all classes share, which does not matter;
-    L-BFGS starts from its inverse. It needs no loss values: the loss is convex.
+    x: (M, dim), the last column 1. y: int64 (M,). covariance: double (dim, dim) on the CPU, x^T x / M or about that. At W = 0
+    the Hessian of a class is H = covariance / classes + l2: W = U R^-1 with H = R R^T makes it the identity, for U.
+    Ends where a step changes the loss, or all of U, by less than `tolerance`.
     """
-    classes, penalty = len(weights), torch.full_like(weights[0], l2)
-    penalty[-1] = 0
-    root = torch.linalg.cholesky(covariance / classes + (penalty + 1e-9).diag()).to(x)
-    labels = torch.zeros_like(weights)                          # the part of the gradient that the labels make
-    for part, label in zip(x.split(512), y.split(512)):
-        labels.addmm_(F.one_hot(label, classes).T.to(x), part)
-    def gradient_of(W):
-        total = -labels
-        for part in x.split(512):                               # 512 rows fit the processor's cache
-            total.addmm_((W @ part.T).softmax(0), part)
-        return total / len(x) + penalty * W
-    def newton(G):                                              # the step that the Hessian at W = 0 proposes
-        return torch.cholesky_solve(G.T, root).T
-    pairs = [(s, d + penalty * s) for s, d in pairs]            # a step, and what it changed in the gradient
-    pairs = [(s, d) for s, d in pairs if (s * d).sum() > 0]
-    gradient = gradient_of(weights)
-    for _ in range(1000):
-        step, shares = gradient.clone(), []
-        for s, d in reversed(pairs):
-            shares.append((s * step).sum() / (s * d).sum())
-            step -= shares[-1] * d
-        step = newton(step)
-        if pairs:
-            s, d = pairs[-1]
-            step *= (s * d).sum() / (d * newton(d)).sum()
-        for s, d in pairs:
-            step += (shares.pop() - (d * step).sum() / (s * d).sum()) * s
-        descent, t = (gradient * step).sum().item(), 1.0
-        size = (penalty * weights.square()).sum().item()        # about the loss itself, where it is small
-        if descent / 2 < max(min(tolerance, 1e-7), tolerance * min(size, 1)):      # about what is left to gain
-            break
-        for _ in range(20):                                     # shorten a step that ends on too steep a rise
-            new = weights - t * step
-            new_gradient = gradient_of(new)
-            rise = -(new_gradient * step).sum().item()
-            if rise <= 0.5 * descent:
-                break
-            t *= max(0.1, descent / (descent + rise))
-        s, d = new - weights, new_gradient - gradient
-        weights, gradient = new, new_gradient
-        if (s * d).sum() > 0:
-            pairs = [*pairs[-19:], (s, d)]
-    return weights, [(s, d - penalty * s) for s, d in pairs]
+    penalty = torch.full_like(covariance[0], l2)
+    penalty[-1] = 1e-9
+    R = torch.linalg.cholesky(covariance / len(weights) + penalty.diag()).to(x)
+    U = (weights @ R).requires_grad_()
+    optimizer = torch.optim.LBFGS([U], max_iter=1000, history_size=20, tolerance_grad=tolerance, tolerance_change=tolerance,
+                                  line_search_fn="strong_wolfe")
+    def loss():
+        optimizer.zero_grad()
+        W = torch.linalg.solve_triangular(R, U, upper=False, left=False)
+        total = F.cross_entropy(x @ W.T, y) + l2 / 2 * W[:, :-1].square().sum()
+        total.backward()
+        return total
+    optimizer.step(loss)
+    return torch.linalg.solve_triangular(R, U.detach(), upper=False, left=False)
 
 
 def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int | list[int] = 20) -> float | list[float]:
@@ -228,20 +199,68 @@ def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int
 
 # ---------------------------------------------------------------------------- what is measured
 
-def load_data(run, dataset=None, data=None) -> tuple:
+def load_data(run, dataset=None, data=None) -> list[tuple]:
     """(images, labels, classes) of the training part and of the test part: the run's own, or another data set's. Of its own
     training part the images that the run was trained on. labels are (M, 1), or (M, 2) for shapes. Raises UserError."""
-    args, own = run.args, dataset in (None, run.args.dataset)
-    parts = [train.read_dataset(dataset or args.dataset, place(run, data), part, args.image_size, args.limit if own and part else None)
-             for part in (True, False)]
-    if own and train.fingerprint(parts[0][0]) != run.images:
+    args, own, parts = run.args, dataset in (None, run.args.dataset), []
+    for part in (True, False):
+        images, labels, classes = train.read_dataset(dataset or args.dataset, data or args.data or "data", part, args.image_size,
+                                                     args.limit if own and part else None)
+        parts.append((images, labels.view(len(labels), -1), classes))
+    if own and [len(parts[0][0]), zlib.crc32(parts[0][0].numpy())] != run.images:
         note(f"{run.path} was trained on {run.images[0]} other images than the {len(parts[0][0])} training images here")
-    return tuple((images, labels if labels.ndim == 2 else labels[:, None], classes) for images, labels, classes in parts)
+    return parts
 
 
-def place(run, data=None) -> str:
-    """Where images are read: data, or where the run found its own, or "data"."""
-    return data or run.args.data or "data"
+def table(run, ks=(20, 200), dataset=None, data=None, inside=True, show=lambda row: None) -> list[dict]:
+    """A row for each tap (without `inside` for h and z alone), the untrained h last. show(row) is called for each.
+
+    {tap, layer, dim; linear, l2, held_out, knn20 ... for each kind of label; rank, centred rank, alignment, uniformity; within
+    image, within class, between classes}. held_out is the linear probe's accuracy on the fifth of the training part that chose
+    its l2; the last three are fractions of the variance (projhead.variance_fractions). The row of h also has, where the head
+    has weights, the percentage of its variance `seen` by the head's first layer, and `carrying`.
+    """
+    (train_images, train_labels, _), (test_images, test_labels, _) = load_data(run, dataset, data)
+    all_images, args = train_images, run.args
+    train_images, train_labels = labelled(train_images, train_labels, "training")
+    (_, labels), known = labelled(test_images, test_labels, "test"), (test_labels >= 0).all(1)
+    names = (" shape", " hue") if labels.shape[1] == 2 else ("",)
+    if len(train_images) < 5 or not len(labels):
+        names = note("too few labels: no accuracies") or ()
+    start = json.dumps([args.encoder, args.seed, args.image_size, args.crop_scale, args.hue, args.grayscale, ks,
+                        *(zlib.crc32(images.numpy()) for images in (all_images, test_images))])
+    rows = []
+    for name, source in trained_and_not(run):
+        if name and start in UNTRAINED:
+            rows.append(UNTRAINED[start])
+            show(rows[-1])
+            continue
+        random = train.generator(0, 0, 1)               # the same views of the trained and of the untrained encoder
+        def view(batch):
+            return train.augment(batch, random, args.crop_scale, args.hue, args.grayscale)
+        a = features(source, train_images) if names else None
+        b, view1, view2 = (features(source, test_images, view) for view in (None, view, view))
+        for tap in [tap for tap in b if inside or tap in ("h", "z")]:
+            x, device = b[tap], b[tap].device
+            row = {"tap": tap + name, "layer": layer_name(run, tap), "dim": x.shape[1]}
+            for i, label in enumerate(names):
+                working(f"{run.path}: {tap}{name}{label}")
+                four = a[tap], train_labels[:, i].to(device), x[known], labels[:, i].to(device)
+                row["linear" + label], row["l2" + label], row["held_out" + label] = probe(*four)
+                row |= {f"knn{k}{label}": accuracy for k, accuracy in zip(ks, knn(*four, k=list(ks)))}
+            row |= {"rank": projhead.effective_rank(x), "centred rank": projhead.effective_rank(x - x.mean(dim=0)),
+                    "alignment": projhead.alignment(view1[tap], view2[tap]), "uniformity": projhead.uniformity(x)}
+            for i, label in enumerate(names):
+                row["within image"], row["within class" + label], row["between classes" + label] = \
+                    projhead.variance_fractions(view1[tap][known], view2[tap][known], labels[:, i])
+            if tap + name == "h" and any(isinstance(layer, nn.Linear) for layer in layers(run.head)):
+                row["seen"] = 100 * projhead.seen(x, projhead.first_weight(run.head))
+                row["carrying"] = carrying(run, all_images)
+            working("")
+            show(row)
+            rows.append(row)
+    UNTRAINED[start] = rows[-1]
+    return rows
 
 
 def labelled(images: Tensor, labels: Tensor, part: str) -> tuple[Tensor, Tensor]:
@@ -253,64 +272,22 @@ def labelled(images: Tensor, labels: Tensor, part: str) -> tuple[Tensor, Tensor]
     return images[known], labels[known]
 
 
-def table(run, ks=(20, 200), dataset=None, data=None, show=lambda row: None) -> list[dict]:
-    """A row {tap, layer, dim, linear, held_out, knn20, ... rank, alignment, uniformity} for each tap, the untrained h last.
-
-    held_out is the linear probe's accuracy on the fifth of the training part that chose its l2. Each row has its `spectrum`;
-    that of h also, where the head has weights, the percentage of its variance `seen` by the head's first layer (projhead.seen),
-    and `carrying`, how many of its features carry 99 % of a mini-batch's gradient. show(row) is called for each.
-    """
-    (train_images, train_labels, _), (test_images, test_labels, _) = load_data(run, dataset, data)
-    all_test, args = test_images, run.args
-    train_images, train_labels = labelled(train_images, train_labels, "training")
-    test_images, test_labels = labelled(test_images, test_labels, "test")
-    names = (" shape", " hue") if train_labels.shape[1] == 2 else ("",)
-    probed = len(train_images) >= 5 and len(test_images) > 0
-    if not probed:
-        note("too few labels: no accuracies")
-    rows = []
-    for name, source in (("", run), (" untrained", untrained(run))):
-        random = train.generator(0, 0, 1)               # the same views of the trained and of the untrained encoder
-        def view(batch):
-            return train.augment(batch, random, args.crop_scale, args.hue, args.grayscale)
-        a, b = (features(source, images) if probed else None for images in (train_images, test_images))
-        every = b if probed and len(test_images) == len(all_test) else features(source, all_test)
-        view1, view2 = (features(source, all_test, view) for _ in "12")
-        for tap in every:
-            row = {"tap": tap + name, "layer": layer_name(run, tap), "dim": every[tap].shape[1]}
-            for i, label in enumerate(names if probed else ()):
-                four = a[tap], train_labels[:, i].to(a[tap].device), b[tap], test_labels[:, i].to(a[tap].device)
-                working(f"{run.path}: {tap}{name}, linear probe{label}")
-                row["linear" + label], row["l2" + label], row["held_out" + label] = probe(*four)
-                working(f"{run.path}: {tap}{name}, neighbours{label}")
-                row |= {f"knn{k}{label}": accuracy for k, accuracy in zip(ks, knn(*four, k=list(ks)))}
-            if tap + name == "h" and any(isinstance(layer, nn.Linear) for layer in layers(run.head)):
-                row["seen"] = 100 * projhead.seen(every["h"], projhead.first_weight(run.head))
-                row["carrying"] = carrying(run, train_images if probed else all_test)
-            row |= {"rank": projhead.effective_rank(every[tap]), "alignment": projhead.alignment(view1[tap], view2[tap]),
-                    "uniformity": projhead.uniformity(every[tap]), "spectrum": spectrum(every[tap])}
-            working("")
-            show(row)
-            rows.append(row)
-    return rows
-
-
-def spectrum(h: Tensor) -> list[float]:
-    """The singular values number 1, 2, 4, 8 ... of h (M, D), as fractions of the first."""
-    s = torch.linalg.svdvals(h.double())
-    return [(s[i - 1] / s[0]).item() for i in (2**k for k in range(len(s).bit_length()))]
-
-
 def carrying(run, images: Tensor, batches: int = 10) -> float:
-    """How many of the D features of h carry 99 % of |dL/dh|^2 in a mini-batch; L is the run's objective. The mean over
-    mini-batches of views as in training; the networks are in eval mode, and the target is the stop-gradient one."""
+    """How many features of h carry 99 % of sum_i (dL/dh_i)^2 var(h_i) in a mini-batch; L is the run's objective. The mean
+    over mini-batches of views as in training; the networks are in eval mode, and the target is the stop-gradient one."""
     model, N = train.Model(run.encoder, run.head, run.predictor, None, None), min(run.args.batch_size, len(images))
     device, counts = next(run.encoder.parameters()).device, []
-    for batch in train.two_views(images, run.args, range(batches), max(1, len(images) // N), N, device):
-        h = run.encoder(batch[0]).float().requires_grad_()
+    for x, _ in train.two_views(images, run.args, range(batches), max(1, len(images) // N), N, device):
+        h = run.encoder(x).float().requires_grad_()
         train.objective(h, None, model, run.args).backward()
-        counts.append(projhead.features_holding(h.grad.square().sum(dim=0)))
+        counts.append(projhead.features_holding(h.grad.square().sum(dim=0) * h.detach().var(dim=0)))
     return statistics.mean(counts)
+
+
+def working(text: str) -> None:
+    """Where a terminal waits, what is being measured; "" clears it."""
+    if sys.stderr.isatty():
+        print(f"\r{text[:100]:<100}\r", end="", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------- what was done to an image
@@ -344,31 +321,29 @@ def quadrant(x: Tensor, y: Tensor) -> Tensor:
 TRANSFORMS = {"rotation": (rotate, 4), "flip": (flip, 2), "gray": (gray, 2), "quadrant": (quadrant, 4)}     # and classes
 
 
-def transform_table(run, dataset=None, data=None, show=lambda row: None) -> list[dict]:
-    """A row {tap, layer, dim, rotation, flip, gray, quadrant} for each tap, the untrained h and chance last.
+def transform_table(run, dataset=None, data=None, inside=True, show=lambda row: None) -> list[dict]:
+    """A row {tap, layer, dim, rotation, flip, gray, quadrant} for each tap (without `inside` for h and z only), the untrained h
+    and chance last.
 
     Each cell is a linear probe's accuracy in percent, for which of the transformation's classes was done to an image.
     Every image gets one at random, the same for all taps. Only the first eval.PROBED training images of the run and
     test images are looked at, and no labels. Raises UserError for fewer than 5 training images.
     """
-    train_images, test_images = (images[:PROBED] for images, _, _ in load_data(run, dataset, data))
-    if len(train_images) < 5:
-        raise UserError(f"--probe transform needs at least 5 training images, not {len(train_images)}")
-    rows = {}
+    parts, rows = [images[:PROBED] for images, _, _ in load_data(run, dataset, data)], {}
+    if len(parts[0]) < 5:
+        raise UserError(f"--probe transform needs at least 5 training images, not {len(parts[0])}")
     for column, (transform, classes) in TRANSFORMS.items():
-        for name, source in (("", run), (" untrained", untrained(run))):
-            (a, a_y), (b, b_y) = (transformed(source, images, transform, classes, seed)
-                                  for seed, images in enumerate((train_images, test_images)))
-            for tap in a:
+        for name, source in trained_and_not(run):
+            (a, a_y), (b, b_y) = (transformed(source, images, transform, classes, seed) for seed, images in enumerate(parts))
+            for tap in [tap for tap in a if inside or tap in ("h", "z")]:
                 working(f"{run.path}: {tap}{name}, {column}")
                 row = rows.setdefault(tap + name, {"tap": tap + name, "layer": layer_name(run, tap), "dim": a[tap].shape[1]})
                 row[column], row["l2 " + column] = linear_probe(a[tap], a_y, b[tap], b_y)
     working("")
-    chance = {column: 100 / classes for column, (_, classes) in TRANSFORMS.items()}
-    rows = [*rows.values(), {"tap": "chance", "layer": "", "dim": 0, **chance}]
-    for row in rows:
+    rows["chance"] = {"tap": "chance", "layer": "", "dim": 0} | {column: 100 / n for column, (_, n) in TRANSFORMS.items()}
+    for row in rows.values():
         show(row)
-    return rows
+    return list(rows.values())
 
 
 def transformed(run, images: Tensor, transform, classes: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -383,147 +358,128 @@ def transformed(run, images: Tensor, transform, classes: int, seed: int) -> tupl
 # ---------------------------------------------------------------------------- tables
 
 def measured(run, question: dict, show=lambda row: None) -> list[dict]:
-    """The rows that answer the question {probe, ks, dataset, data}: from RUN/eval.json, if they are there for this checkpoint,
-    else measured now and put there. show(row) is called for each."""
-    if (question["dataset"] or run.args.dataset) == "folder":           # the same place may hold other images now
-        root = Path(place(run, question["data"]))
-        question = question | {"folder": train.listing(sorted(train.image_files(root)), root)}
+    """The rows that answer the question {probe, ks, dataset, data, inside}: from RUN/eval.json, if they are there for this
+    checkpoint, else measured now and put there (a folder's images may change: always now). show(row) is called for each."""
     file, key, results = run.path / "eval.json", json.dumps(question), {}
     crc = zlib.crc32((run.path / "checkpoint.pt").read_bytes())
-    if file.is_file() and not file.is_symlink() and file.stat().st_size < 2**20:
-        try:
-            kept = json.loads(file.read_text())
-            results = dict(kept["results"]) if kept["checkpoint"] == crc else {}
-            rows = [{str(column): math.nan if v is None else v for column, v in row.items()} for row in results.get(key, [])]
-            if rows and all({"tap", "layer", "dim"} <= row.keys() and type(row["tap"]) is str and
-                            all(isinstance(v, (str, int, float)) for k, v in row.items() if k != "spectrum") for row in rows):
-                for row in rows:
-                    show(row)
-                return rows
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-            results = {}                                # not ours: measured anew
-    where = question["dataset"], question["data"]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # no file, or not ours: measured anew
+        kept = json.loads(file.read_text())
+        results = dict(kept["results"]) if kept["checkpoint"] == crc else {}
+    key = next((k for k in (json.dumps(question | {"inside": True}), key) if k in results), key)
+    if key in results and (question["dataset"] or run.args.dataset) != "folder":
+        for row in results[key]:
+            show(row)
+        return results[key]
+    where = question["dataset"], question["data"], question["inside"]
     rows = table(run, question["ks"], *where, show) if question["probe"] == "labels" else transform_table(run, *where, show)
     try:
-        train.write(file, train.as_json({"checkpoint": crc, "step": run.step, "results": results | {key: rows}}).encode())
+        with train.replacing(file) as new:
+            new.write(json.dumps({"checkpoint": crc, "step": run.step, "results": results | {key: rows}}).encode())
     except UserError as e:                              # another's run, say: the table is shown all the same
         note(f"not kept: {e}")
     return rows
 
 
-def show_line(cells: list, widths: list[int]) -> None:
+def cell(key: str, values: list, difference: bool = False) -> str:
+    """One value, or mean±standard deviation of several; of differences the half-width of the mean's 95 % interval instead."""
+    if not values or isinstance(values[0], str):
+        return values[0] if values else ""
+    digits = 0 if key == "dim" else 2 if key.split()[0] in ("alignment", "uniformity", "within", "between", "pruned") else 1
+    mean, n = f"{statistics.mean(values):{'+' * difference}.{digits}f}", len(values)
+    if n == 1 or key == "dim":
+        return mean
+    deviation = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+    return f"{mean}±{deviation * (T95[min(n, 10) - 2] / n**0.5 if difference else 1):.{digits}f}"
+
+
+def shown(keys, columns: list[str] | None, usual: tuple) -> list[str]:
+    """The keys that --columns names, by a whole name or its first word; without it the usual ones. Raises UserError."""
+    keys = [key for key in keys if not key.startswith("l2")]
+    unknown = [name for name in columns or () if not any(name in (key, key.split()[0]) for key in keys)]
+    if unknown:
+        raise UserError(f"--columns: no column {unknown[0]}; there are {', '.join(keys)}")
+    return [key for key in keys if key in (columns or usual) or key.split()[0] in (columns or usual)]
+
+
+def print_row(cells: list, widths: list[int]) -> None:
     train.say("| " + " | ".join(str(cell).ljust(w) for cell, w in zip(cells, widths)) + " |")
 
 
-def cell(key: str, values: list, raw: bool = False) -> str:
-    """One value, or mean ± standard deviation of several, or all of them."""
-    if not values or any(isinstance(v, str) for v in values):
-        return values[0] if values else ""
-    values = [math.nan if v is None else v for v in values]
-    form = "{:.0f}" if key in ("dim", "n") else "{:.2f}" if key in ("alignment", "uniformity", "pruned") else "{:.1f}"
-    if key == "dim":
-        values = values[:1]
-    if raw or len(values) == 1:
-        return " ".join(form.format(v) for v in values)
-    known = all(map(math.isfinite, values))             # Python 3.11's stdev fails on NaN
-    return f"{form}±{form}".format(statistics.mean(values), statistics.stdev(values) if known else math.nan)
-
-
-def columns_of(row: dict) -> list[str]:
-    return [key for key in row if not key.startswith("l2") and key not in ("seen", "spectrum", "carrying")]
-
-
-def one_table(run, question: dict, title: str) -> list[dict]:
-    """Print the title, and a row for each tap of a run when it is measured."""
-    columns, widths = [], []
+def one_table(run, question: dict, columns: list[str] | None) -> None:
+    """Print a row for each tap of a run as it is measured."""
+    keys, widths = [], []
     def show(row):
-        if not columns:
-            columns.extend(key for key in columns_of(row) if not key.startswith("held_out"))
-            named = max(5, *(len(type(layer).__name__) for layer in layers(run.head)))
-            widths.extend([11, named] + [max(5, len(key)) for key in columns[2:]])
-            train.say(title)
-            show_line(columns, widths), show_line(["-" * w for w in widths], widths)
-        show_line([cell(key, [row[key]] if key in row else []) for key in columns], widths)
-    return measured(run, question, show)
+        if not keys:
+            usual = ("linear", f"knn{question['ks'][0]}", "rank", "within", "between", *TRANSFORMS)
+            keys.extend(["tap", "layer", "dim", *shown(list(row)[3:], columns, usual)])
+            widths.extend([11, max(5, *(len(type(layer).__name__) for layer in layers(run.head)))] + [max(5, len(key)) for key in keys[2:]])
+            print_row(keys, widths), print_row(["-" * w for w in widths], widths)
+        print_row([cell(key, [row[key]] if key in row else []) for key in keys], widths)
+    train.say(f"{run.path}, step {run.step} of {run.steps}; accuracies in percent, on test images")
+    measured(run, question, show)
 
 
-def many_table(runs: list, question: dict, taps: bool, raw: bool) -> None:
-    """Print a row for each method, or for each tap of each: runs that differ in the seed alone are one row, sorted as given."""
+def collect(runs: list, question: dict) -> tuple[dict, list[str]]:
+    """({flags of a method: {seed: {(column, tap): value}}}, the flags that all share); the untrained encoders first."""
     kinds = sorted({run.args.dataset for run in runs})
     if len(kinds) > 1 and not question["dataset"]:
         raise UserError(f"the runs are of different data sets, {' and '.join(kinds)}: name one for all by --dataset")
-    methods, start = {}, {}                             # {flags: [(rows, metrics)]}, {encoder and images: {seed: the untrained row}}
+    start, methods = {}, {}
     for run in runs:
-        rows, args = measured(run, question), run.args
-        head = (f"--head {args.head}",) if args.predictor == "none" else ()        # named also where it is the default
-        flags = head + tuple(f for f in train.flags(args) if f not in head and not f.startswith("--seed "))
-        flags += (f"--data {os.path.basename(args.data)}",) if args.dataset == "folder" else ()
-        methods.setdefault((flags, *run.images), []).append((rows, metrics(run)))
-        start.setdefault((args.encoder, *run.images), {})[args.seed] = rows[-1]
+        args, rows = run.args, measured(run, question)
+        head = [f"--head {args.head}"] if args.predictor == "none" else []         # named also where it is the default
+        flags = head + [flag for flag in train.flags(args) if flag not in head and not flag.startswith("--seed ")]
+        flags += [f"--data {os.path.basename(args.data)}"] if args.dataset == "folder" else []
+        values = {(key, row["tap"]): value for row in rows for key, value in row.items() if key != "tap"}
+        methods.setdefault(tuple(flags), {})[args.seed] = values | {(key, "h"): value for key, value in last_epoch(run).items()}
+        start.setdefault(f"untrained {args.encoder}", {})[args.seed] = {
+            (key, "h"): value for (key, tap), value in values.items() if tap == "h untrained"}
         if run.step < run.steps:
             note(f"{run.path} is not finished: step {run.step} of {run.steps}")
-    common = set.intersection(*(set(flags) for flags, *_ in methods)) if len(methods) > 1 else set()
-    def name_of(method):
-        return "`" + (" ".join(flag for flag in method[0] if flag not in common) or "as above") + "`"
-    def average(key, rows):
-        return cell(key, [row[key] for row in rows if key in row], raw)
-    def at(tap, rows):
-        return [row for row in rows if row["tap"] == tap]
-    lines, keys = [], columns_of(rows[0])
-    for method, members in methods.items() if taps else ():
-        every = [row for rows, _ in members for row in rows]
-        for tap in [row["tap"] for row in members[0][0]]:
-            lines.append({"flags": name_of(method), "n": len(members)} | {key: average(key, at(tap, every)) for key in keys})
-    if not taps:
-        wide = [key for key in keys[3:] if key.startswith(("held_out", "linear", f"knn{question['ks'][-1]}", "rank"))]
-        wide = [(key, tap) for key in wide for tap in ("h", "z") if tap == "h" or key.startswith(("linear", "rank"))]
-        blocks = [("untrained" + f" {encoder}, {M} images" * (len(start) > 1), [row | {"tap": "h"} for row in seeds.values()], [{}] * len(seeds))
-                  for (encoder, M, _), seeds in start.items()]
-        blocks += [(name_of(method), [row for rows, _ in members for row in rows], [m for _, m in members])
-                   for method, members in methods.items()]
-        for name, rows, extra in blocks:
-            lines.append({"flags": name, "n": len(extra)} | {f"{key} {tap}": average(key, at(tap, rows)) for key, tap in wide}
-                         | {"carrying": average("carrying", at("h", rows))}
-                         | {key: average(key, extra) for key in ("pruned", "offdiag", "s/epoch")})
-    columns = [key for key in lines[0] if any(str(line[key]) for line in lines)]
-    widths = [max(len(key), *(len(str(line[key])) for line in lines)) for key in columns]
+    common = set.intersection(*map(set, methods)) if len(methods) > 1 else set()
+    named = {" ".join(flag for flag in flags if flag not in common) or "as above": seeds for flags, seeds in methods.items()}
+    return start | named, sorted(common)
+
+
+def last_epoch(run) -> dict:
+    """What the run's last line of metrics.jsonl says of its heads, as far as known."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        line = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])
+        return {key: line[key] for key in ("pruned", "offdiag", "moved") if key in line}
+    return {}
+
+
+def many_table(runs: list, question: dict, columns: list[str] | None, taps: bool, against: str | None) -> None:
+    """Print a row for each method, or for each tap of each: runs that differ in the seed alone are one row. With `against`, the
+    flags of a row as this table prints them, the other rows are differences from it, over the seeds that both have."""
+    methods, common = collect(runs, question)
+    if against and against not in methods:
+        raise UserError(f"--against: no row {against!r}; there are {', '.join(map(repr, methods))}")
+    def values(name, column):
+        own = {seed: found[column] for seed, found in methods[name].items() if column in found}
+        if against in (None, name) or any(isinstance(value, str) for value in own.values()):
+            return list(own.values())
+        return [value - methods[against][seed][column] for seed, value in own.items() if column in methods[against].get(seed, {})]
+    every = list(dict.fromkeys(column for seeds in methods.values() for found in seeds.values() for column in found))
+    usual = ("linear", "held_out", f"knn{question['ks'][-1]}", "rank", "carrying", "pruned", "offdiag", "moved", *TRANSFORMS)
+    keys = shown(list(dict.fromkeys(key for key, _ in every if key not in ("layer", "dim"))), columns, usual)
+    wide = [(key, tap) for key in keys for tap in ("h", "z") if (key, tap) in every]
+    lines = [["flags", "n", *(("tap", "layer", *keys) if taps else (f"{key} {tap}" for key, tap in wide))]]
+    for name, seeds in methods.items():
+        n = len(seeds if against in (None, name) else seeds.keys() & methods[against].keys())
+        for tap in dict.fromkeys(tap for found in seeds.values() for _, tap in found) if taps else ("",):
+            cells = [("layer", tap), *((key, tap) for key in keys)] if taps else wide
+            difference = against not in (None, name)
+            lines.append([f"`{name}`", n, *[tap] * taps, *(cell(key, values(name, (key, tap)), difference) for key, tap in cells)])
+    lines = list(zip(*(column for column in zip(*lines) if any(str(value) for value in column[1:]))))
+    widths = [max(len(str(value)) for value in column) for column in zip(*lines)]
     if common:
-        train.say(f"all: {' '.join(sorted(common))}")
-    for cells in (columns, ["-" * w for w in widths], *([line[key] for key in columns] for line in lines)):
-        show_line(cells, widths)
-
-
-def metrics(run) -> dict:
-    """{s/epoch, pruned, offdiag}, as far as known: the median, and the last, of the lines of metrics.jsonl."""
-    lines = epochs(run)
-    found = {key: lines[-1][key] for key in ("pruned", "offdiag") if lines and isinstance(lines[-1].get(key), float)}
-    seconds = [line["seconds"] for line in lines if isinstance(line.get("seconds"), float)]
-    return found | ({"s/epoch": statistics.median(seconds)} if seconds else {})
-
-
-def epochs(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl, one dict for each epoch; what is not one is left out."""
-    lines = []
-    for text in train.read_log(run.path / "metrics.jsonl", 1 + run.args.epochs)[1:]:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        lines += [line] * (isinstance(line, dict) and "epoch" in line)
-    return lines
-
-
-def working(text: str) -> None:
-    """Where a terminal waits, what is being measured; "" clears it."""
-    if sys.stderr.isatty():
-        note(f"\r{text[:100]:<100}\r", end="")
+        train.say(f"all: {' '.join(common)}")
+    for line in (lines[0], ["-" * w for w in widths], *lines[1:]):
+        print_row(line, widths)
 
 
 # ---------------------------------------------------------------------------- pictures
-
-COLORS = "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf".split()
-PANELS = {"loss": "loss", "rank_h": "rank of h", "rank_z": "rank of z", "offdiag": "norm of E"}
-
 
 @functools.cache
 def lettering(size: int):
@@ -531,35 +487,19 @@ def lettering(size: int):
     from PIL import ImageFont
     try:
         return ImageFont.load_default(size)
-    except (ImportError, TypeError):                    # TypeError: Pillow before 10.1, where it had no size
+    except (ImportError, TypeError):                    # TypeError: Pillow before 10.1
         return ImageFont.load_default()
 
 
 def letter(draw, x, y, width, text, align=0.0, size=12) -> None:
-    """Draw text below y, between x and x + width: at the left (align 0), in the middle (0.5) or at the right (1).
-
-    What is too wide loses its middle, as names often differ at their ends. The font has the letters of ASCII only:
-    anything else becomes "?".
-    """
-    font, text = lettering(size), "".join(c if " " <= c <= "~" else "?" for c in text[:300])
+    """Draw text below y, between x and x + width: at the left (align 0) or in the middle (0.5). What is too wide loses its
+    middle. The font has the letters of ASCII only: anything else becomes "?"."""
+    font, text = lettering(size), text[:300].encode("ascii", "replace").decode()
     keep, short = len(text), text
     while keep and font.getlength(short) > width:
         keep -= 1
         short = text[:keep - keep // 2] + "..." + text[len(text) - keep // 2:]
     draw.text((x + align * (width - font.getlength(short)), y), short, fill="black", font=font)
-
-
-def save(image, path) -> None:
-    """Write a picture, all of it or nothing. Raises UserError."""
-    from PIL import Image
-    kind, buffer = Image.registered_extensions().get(Path(path).suffix.lower()), io.BytesIO()
-    if kind not in Image.SAVE:
-        raise UserError(f"{path} names no type of picture that can be written: try out.png")
-    image.save(buffer, kind)
-    if (Path(path).parent / "checkpoint.pt").exists():
-        raise UserError(f"{path} is in a run's folder, where nothing else may lie: choose another place")
-    train.write(Path(path), buffer.getbuffer())
-    train.say(f"{path}: {image.width} x {image.height} pixels")
 
 
 def picture(rows: list, path, title: str = "") -> None:
@@ -571,6 +511,9 @@ def picture(rows: list, path, title: str = "") -> None:
     """
     from PIL import Image, ImageDraw
     from torchvision.transforms.functional import to_pil_image
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise UserError(f"{path} names no type of picture that can be written: try out.png")
     sizes = [image.shape[-1] for _, tiles in rows for image, *_ in tiles if image is not None]
     side = math.ceil(96 / sizes[0]) * sizes[0] if sizes else 96
     left = 12 + min(100, max((10 + 10 * len(label) for label, _ in rows if label), default=0))
@@ -589,69 +532,9 @@ def picture(rows: list, path, title: str = "") -> None:
                 draw.rectangle([x - 3, y - 3, x + side + 2, y + side + 2], outline=color[0], width=3)
             letter(draw, x - 2, y + side + 3, side + 4, caption, align=0.5)
         y += side + 26 if tiles else 10
-    save(sheet, path)
-
-
-def ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """Two to seven round numbers between low and high; whole ones if asked for."""
-    step = 10 ** math.floor(math.log10((high - low) / 6))
-    step *= next(m for m in (1, 2, 5, 10) if m * step >= (high - low) / 6)
-    step = max(step, 1) if whole else step
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def curves(runs: list, path) -> None:
-    """Write a picture to path: loss and ranks, and the norm of E where a run has it, by epoch, a color for each run.
-
-    runs holds (name, lines), with a dict for each epoch; a value that is missing or no finite number leaves a gap.
-    Raises UserError for a path that cannot be written.
-    """
-    from PIL import Image, ImageDraw
-    def known(line, key):
-        return all(isinstance(line.get(k), (int, float)) and abs(line[k]) < 1e30 for k in ("epoch", key))
-    panels = [key for key in PANELS if key != "offdiag" or any(known(line, key) for _, lines in runs for line in lines)]
-    across, w, h = 2 if len(panels) == 4 else 3, 340, 260             # panels of w x h pixels, legend below
-    epochs = [line["epoch"] for _, lines in runs for line in lines if known(line, "epoch")]
-    x0, x1 = min(epochs + [0]), max(epochs + [1])
-    bottom = math.ceil(len(panels) / across) * h
-    sheet = Image.new("RGB", (2 * across * w, 2 * (bottom + 20 + 18 * math.ceil(len(runs) / across))), "white")
-    draw, words = ImageDraw.Draw(sheet), []             # lines are drawn at twice the size, then words, at theirs
-    for i, key in enumerate(panels):
-        left, top, right, base = i % across * w + 60, i // across * h + 30, i % across * w + w - 16, i // across * h + h - 38
-        values = [line[key] for _, lines in runs for line in lines if known(line, key)]
-        words += [(left, top - 20, right - left, PANELS[key] if values else f"{PANELS[key]}: no values", 0.5, 14),
-                  (left, base + 19, right - left, "epoch", 0.5)]
-        y0, y1 = min(values + [0] * (key != "loss"), default=0), max(values, default=0)     # ranks and norms begin at 0
-        room = max((y1 - y0) / 20, abs(y0) / 1000, abs(y1) / 1000)
-        room = room if room > 1e-30 else 1              # where all is 0
-        y0, y1 = y0 - room * (key == "loss"), y1 + room
-        def place(x, y):
-            return (2 * (left + (x - x0) / (x1 - x0) * (right - left)), 2 * (base - (y - y0) / (y1 - y0) * (base - top)))
-        for x in ticks(x0, x1, whole=True):
-            draw.line([place(x, y0), (place(x, y0)[0], 2 * base + 8)], fill="gray", width=2)
-            words.append((place(x, y0)[0] / 2 - 30, base + 5, 60, f"{x:.6g}", 0.5))
-        for y in ticks(y0, y1):
-            draw.line([place(x0, y), place(x1, y)], fill="#e4e4e4", width=2)
-            words.append((left - 58, place(x0, y)[1] / 2 - 8, 52, f"{y:.6g}", 1))
-        draw.line([(2 * left, 2 * top), (2 * left, 2 * base), (2 * right, 2 * base)], fill="gray", width=2)
-        for number, (_, lines) in enumerate(runs):
-            piece = []
-            for line in [*lines, {}]:                   # the {} ends the last piece
-                if known(line, key):
-                    piece.append(place(line["epoch"], line[key]))
-                elif piece:
-                    draw.line(piece, fill=COLORS[number % 10], width=4, joint="curve")
-                    for x, y in piece if len(piece) == 1 or len(lines) < 15 else []:
-                        draw.ellipse([x - 6, y - 6, x + 6, y + 6], fill=COLORS[number % 10])
-                    piece = []
-    for number, (name, _) in enumerate(runs):
-        x, y = number % across * w + 20, bottom + 6 + number // across * 18
-        draw.line([(2 * x, 2 * y + 16), (2 * x + 48, 2 * y + 16)], fill=COLORS[number % 10], width=8)
-        words.append((x + 32, y, w - 60, name))
-    sheet = sheet.reduce(2)
-    for word in words:
-        letter(ImageDraw.Draw(sheet), *word)
-    save(sheet, path)
+    with train.replacing(Path(path)) as file:
+        sheet.save(file, kind)
+    train.say(f"{path}: {sheet.width} x {sheet.height} pixels")
 
 
 def draw_neighbors(run, path, dataset=None, data=None, n: int = 8, k: int = 8) -> None:
@@ -661,7 +544,7 @@ def draw_neighbors(run, path, dataset=None, data=None, n: int = 8, k: int = 8) -
     def name(labels):
         return classes[labels[0]] if labels[0] >= 0 else ""
     a, b, rows = features(run, train_images), features(run, test_images[:n]), []
-    cosines = {tap: F.normalize(b[tap], dim=1) @ F.normalize(a[tap], dim=1).T for tap in ("h", "z") if tap in b}      # n x M each
+    cosines = {tap: F.normalize(b[tap], dim=1) @ F.normalize(a[tap], dim=1).T for tap in ("h", "z") if tap in b}      # n x M
     for i in range(len(b["h"])):
         for tap in cosines:
             tiles = [(test_images[i], f"test: {name(test_labels[i]) or 'no class'}") if tap == "h" else (None, "")]
@@ -679,7 +562,8 @@ def draw_views(run, path, data=None, n: int = 8, k: int = 8) -> None:
     mean, std = torch.tensor([train.MEAN, train.STD])[..., None, None]
     views = [train.augment(images, g, args.crop_scale, args.hue, args.grayscale) * std + mean for _ in range(k)]
     views = [(view.clamp(0, 1) * 255).round().to(torch.uint8) for view in views]
-    rows = [("", [(image, "image")] + [(view[i], f"view {j + 1}") for j, view in enumerate(views)]) for i, image in enumerate(images)]
+    rows = [("", [(image, "image")] + [(view[i], f"view {j + 1}") for j, view in enumerate(views)])
+            for i, image in enumerate(images)]
     picture(rows, path, f"{run.path}: images and views of them")
 
 
@@ -691,29 +575,29 @@ def main() -> None:
     p.add_argument("--dataset", choices=train.SIZES, help="other labelled images, through the same encoder (default: the run's)")
     p.add_argument("--data", metavar="DIR", help="where the data set lies (default: where the run found its own, else data)")
     p.add_argument("--probe", choices=["labels", "transform"], default="labels",
-                   help="what linear probes are for: the labels, or rotation, flip, gray and quadrant of the image (default: labels)")
+                   help="what linear probes are for: the labels, or rotation, flip, gray and quadrant (default: labels)")
     p.add_argument("--k", type=train.number(int, 1), nargs="+", help="neighbours for kNN (default: 20 200)")
+    p.add_argument("--columns", nargs="+", metavar="NAME", help="the columns to print, by name or first word (default: some)")
     p.add_argument("--taps", action="store_true", help="of several runs: a row for each tap")
-    p.add_argument("--raw", action="store_true", help="of several runs: the value of each seed instead of mean ± standard deviation")
-    p.add_argument("--json", action="store_true", help="a line of JSON for each run instead of a table")
+    p.add_argument("--against", metavar="FLAGS", help="of several runs: differences from that row, over shared seeds, "
+                   "with the half-width of their mean's 95 %% t interval")
+    p.add_argument("--json", action="store_true", help="a line of JSON for each run, with all columns, instead of a table")
     p.add_argument("--neighbors", metavar="PNG", help="draw test images and their nearest training images")
     p.add_argument("--views", metavar="PNG", help="draw training images and views of them")
-    p.add_argument("--curves", metavar="PNG", help="draw loss, ranks and the norm of E by epoch")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: cuda where there is one, else cpu)")
+    p.add_argument("--device", default=train.default_device(), help="(default: torch's accelerator where there is one, else cpu)")
     args = p.parse_args()
-    pictures = [flag for flag in ("neighbors", "views", "curves") if getattr(args, flag)]
+    drawn = [flag for flag in ("neighbors", "views") if getattr(args, flag)]
+    of_many = args.taps or args.against
     for clash, why in (
-            (len(pictures) > 1, "draw one picture at a time"),
-            (pictures and (args.json or args.taps or args.raw or args.k or args.probe == "transform"),
-             f"--{''.join(pictures)} draws a picture instead of a table"),
-            (pictures and pictures != ["curves"] and len(args.run) > 1, f"--{''.join(pictures)} takes one run"),
-            (pictures and pictures != ["neighbors"] and args.dataset, f"--{''.join(pictures)}: is of the run's own data set"),
+            (len(drawn) > 1, "draw one picture at a time"),
+            (drawn and (args.json or of_many or args.columns or args.k or args.probe == "transform"), f"--{drawn[:1]} draws no table"),
+            (drawn and len(args.run) > 1, f"--{drawn[:1]} takes one run"),
+            (args.views and args.dataset, "--views is of the run's own data set"),
             (args.k and args.probe == "transform", "--k: there is kNN in the table of label probes only"),
-            (args.json and (args.taps or args.raw), "--json has all taps and values"),
-            ((args.taps or args.raw) and len(args.run) < 2, "--taps and --raw are for several runs"),
-            (args.probe == "transform" and len(args.run) > 1 and not args.json, "--probe transform is for one run, or with --json")):
+            (args.json and (of_many or args.columns), "--json has all taps and columns"),
+            (of_many and len(args.run) < 2, "--taps and --against are for several runs")):
         if clash:
-            raise UserError(why)
+            raise UserError(why.replace("['", "").replace("']", ""))
     if not args.run:
         runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda f: f.stat().st_mtime)
         if not runs:
@@ -724,22 +608,21 @@ def main() -> None:
         raise UserError("a run is named twice")
     if args.data and any((args.dataset or run.args.dataset) == "shapes" for run in runs):
         raise UserError("--data: shapes are drawn, not read: name a --dataset")
+    data = args.data and os.path.abspath(args.data)
+    question = {"probe": args.probe, "ks": args.k or [20, 200], "dataset": args.dataset, "data": data,
+                "inside": args.taps or args.json or len(runs) == 1}
     if args.neighbors:
-        return draw_neighbors(runs[0], args.neighbors, args.dataset, args.data)
-    if args.views:
-        return draw_views(runs[0], args.views, args.data)
-    if args.curves:
-        return curves([(run.path.resolve().name, epochs(run)) for run in runs], args.curves)
-    question = {"probe": args.probe, "ks": args.k or [20, 200], "dataset": args.dataset, "data": args.data and os.path.abspath(args.data)}
-    if args.json:
+        draw_neighbors(runs[0], args.neighbors, args.dataset, args.data)
+    elif args.views:
+        draw_views(runs[0], args.views, args.data)
+    elif args.json:
         for run in runs:
-            train.say(train.as_json({"run": str(run.path), "step": run.step, "args": vars(run.args), "rows": measured(run, question)}))
+            rows = measured(run, question)
+            train.say(json.dumps({"run": str(run.path), "step": run.step, "args": vars(run.args), "rows": rows}))
     elif len(runs) > 1:
-        many_table(runs, question, args.taps, args.raw)
+        many_table(runs, question, args.columns, args.taps, args.against)
     else:
-        what = {"labels": "accuracies in percent, on test images; knn by cosine",
-                "transform": "accuracy in percent of linear probes for what was done to a test image"}
-        one_table(runs[0], question, f"{runs[0].path}, step {runs[0].step} of {runs[0].steps}; {what[args.probe]}")
+        one_table(runs[0], question, args.columns)
 
 
 if __name__ == "__main__":

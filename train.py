@@ -291,7 +291,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         for flag in given.intersection(refused.split()) if clash else ():
             raise UserError(f"--{flag.replace('_', '-')}: {why}")
     args.data = args.data and os.path.abspath(args.data)        # so that a run finds its images from anywhere
-    args.device = args.device or (torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
+    args.device = args.device or default_device()
     if args.out is None:
         named = ("--dataset", "--encoder", "--head ", "--predictor ", "--seed")
         name = [args.dataset, os.path.basename(args.data or "") if args.dataset == "folder" else "", args.encoder, args.head,
@@ -306,6 +306,10 @@ def flags(args) -> list[str]:
     usual = vars(parser().parse_args([])) | defaults(args)
     return [f"--{flag.replace('_', '-')} {value}" for flag, value in vars(args).items()
             if flag not in PLACES and value != usual[flag]]
+
+
+def default_device() -> str:
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
 def native_precision(device: torch.device) -> str:
