@@ -4,16 +4,16 @@
     x1, x2     two views of an image     (N, 3, H, W)
     h = f(x)   encoder                   (N, D)    kept after training; its parameters are theta
     z = g(h)   projection head           (N, d)    discarded; the parameters of g and q are phi
-    p = q(z)   prediction head           (N, d)    discarded; without one the loss is contrastive
+    p = q(z)   prediction head           (N, d)    discarded; without one the loss is between z's
 
-    1  NoHead, LinearHead, MLP, nt_xent    SimCLR (2002.05709)               the heads that all others are compared with
-    2  fit_head, unroll_head               Gupta et al. 2022 (2212.11491)    the head as a parametric component of InfoNCE
-    3  SparseHead, sparsity                Song et al. 2023 (2307.08913)     a regularizer makes the head sparse
-    4  OffDiagonal, bn_mse                 Wen & Li 2022 (2205.06226)        starts as the identity, only off-diagonal entries train
-    5  MLPPredictor, negative_cosine       SimSiam (2011.10566), BYOL (2006.07733)
-       barlow                              Barlow Twins (2103.03230)         a loss without negatives or predictor
-    6  SliceHead, ReweightHead, TopKHead, DiscreteHead, LinearPredictor, DirectPred       other papers' heads, and a control
-    7  effective_rank, alignment, uniformity, variance_fractions, ...        RankMe (2210.02885), Wang & Isola (2005.10242)
+    1  NoHead, LinearHead, MLP, nt_xent     SimCLR (2002.05709)             the heads that all others are compared with
+    2  fit_head, unroll_head                Gupta et al. 2022 (2212.11491)  the head, a parametric component of InfoNCE
+    3  SparseHead, sparsity                 Song et al. 2023 (2307.08913)   a regularizer makes the head sparse
+    4  OffDiagonal, bn_mse                  Wen & Li 2022 (2205.06226)      identity start, off-diagonal entries train
+    5  MLPPredictor, negative_cosine        SimSiam (2011.10566), BYOL (2006.07733)
+       barlow                               Barlow Twins (2103.03230)       a loss without negatives
+    6  SliceHead, ReweightHead, TopKHead, DiscreteHead, DirectPred          other papers' heads, and LinearPredictor
+    7  effective_rank, alignment, ...       RankMe (2210.02885), Wang & Isola (2005.10242): measures
 
 Each docstring names its source: [paper] the paper states it, [code] a constant or formula of released code, [reading]
 our choice where the sources that we had are silent. "Needs" names what else to copy with a class or function.
@@ -32,8 +32,8 @@ from torch import Tensor, nn
 class ConvNet(nn.Sequential):
     """A small encoder that trains in minutes on a CPU: (N, 3, H, W) -> (N, widths[-1]), H and W at least 8. [reading]
 
-    A stage is convolution, pooling (not in the last), BatchNorm, ReLU. Pooling first leaves BatchNorm a quarter of the work.
-    The last width is ResNet-18's 512: more than the 128 of z, so that h has room for what the loss does not ask for.
+    A stage is convolution, pooling (not in the last), BatchNorm, ReLU. Like ResNet-18 it has 512 features, more than z's
+    128: room for what the loss does not ask for.
     """
 
     def __init__(self, widths=(16, 32, 64, 512)):
@@ -50,8 +50,8 @@ class ConvNet(nn.Sequential):
 def encoder(arch: str = "resnet18", image_size: int = 32) -> nn.Module:
     """The encoder f, without a classifier: (N, 3, S, S) -> (N, f.dim), S = image_size.
 
-    arch is a key of ENCODERS; ValueError for another. The ResNets are torchvision's, with its parameter names. For CIFAR,
-    SimCLR (appendix B.9) has a first convolution of 3x3, stride 1, and no max-pool [paper]; we take that stem up to 64 px
+    arch is a key of ENCODERS; ValueError for another. The ResNets are torchvision's, with its names. For CIFAR SimCLR
+    (appendix B.9) has a first convolution of 3x3, stride 1, and no max-pool [paper]; we take that stem up to 64 px
     [reading]. Needs ENCODERS, ConvNet.
     """
     if arch not in ENCODERS:
@@ -102,10 +102,10 @@ class LinearHead(MLP):
 def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.5) -> Tensor:
     """InfoNCE as in SimCLR: -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) ), mean over the 2N anchors i. [paper]
 
-    z1, z2: (N, d), row n of both from the same image. s is cosine similarity; j is the other view of i's image. Each anchor
-    has 2N - 1 candidates: the pair (i, i) is masked, not subtracted. Under torch.distributed the candidates are those of
-    all processes, and N must be the same in each. tau > 0; 0.5 is simclr-cifar10's [code]. Returns a scalar >= 0, in
-    float32 or better; call it outside autocast. Needs gather, distributed, _float32.
+    z1, z2: (N, d), row n of both from the same image. s is cosine similarity; j is the other view of i's image. Each
+    anchor has 2N - 1 candidates: the pair (i, i) is masked, not subtracted. Under torch.distributed the candidates are
+    those of all processes, and N must be the same in each. tau > 0; 0.5 is simclr-cifar10's [code]. Returns a scalar
+    >= 0, in float32 or better; call it outside autocast. Needs gather, distributed, _float32.
     """
     N, rank = len(z1), dist.get_rank() if distributed() else 0
     z = F.normalize(_float32(torch.cat([z1, z2])), dim=1)           # 2N x d
@@ -122,23 +122,20 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, start: list[
 
         min over theta of L(theta, phi*(theta)),   phi*(theta) = argmin over phi of L(theta, phi)
 
-    loss_fn() computes L from detached h; optimizer (SGD) holds phi alone, so the encoder stays as it is. The caller then
-    makes one step on theta, with phi held fixed. start: values that phi takes first, its momentum zero; None: a warm start
-    from where phi is. Returns the loss that the last inner step started from (a detached scalar). ValueError for steps < 1.
+    loss_fn() computes L from detached h; optimizer holds phi alone: the encoder stays as it is. The caller then makes
+    one step on theta, with phi held fixed. start: the values from which phi starts, its momentum 0; None: where it is.
+    Returns the loss that the last inner step started from (a detached scalar). Raises ValueError for steps < 1.
 
-    The paper makes the head a component of InfoNCE and derives another optimization from that [paper]. The equation above is
-    ours, and so are gradient steps, their number and their start [reading]. At phi* dL/dphi = 0, so dL(theta, phi*(theta))/dtheta
-    = dL/dtheta there (the envelope theorem): no implicit differentiation is needed. Before phi* that is an approximation;
-    unroll_head has the term that it drops. Behind a stop-gradient both levels do not minimize one L: a heuristic.
+    The paper makes the head a component of InfoNCE and derives another optimization from that [paper]. The equation is
+    ours, and so are gradient steps, their number and start [reading]. At phi* dL/dphi = 0, hence dL(theta, phi*(theta))
+    /dtheta = dL/dtheta there (the envelope theorem): no implicit differentiation. Before phi* that drops a term, which
+    unroll_head has. Behind a stop-gradient both levels do not minimize one L, and the inner steps are a heuristic.
 
-    Which L? If it is the population's, alternating and joint descent share their minimizers, and only the path differs. On
-    one batch 2 steps are nearly joint training, and many fit phi to that batch alone; a loss_fn of other images does not.
-    InfoNCE does not depend on the last layer's scale, so with weight decay on phi L + decay has no minimizer.
+    Which L? If the population's, alternating and joint descent share their minimizers: only the path differs. On one
+    batch 2 steps are nearly joint training, and many fit phi to that batch alone; a loss_fn of other images does not.
+    InfoNCE is free of the last layer's scale, so with weight decay on phi L + decay has no minimizer. Needs _restart.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
-    if start is not None:
-        reset(optimizer, start)
+    _restart(optimizer, steps, start)
     for _ in range(steps):
         optimizer.zero_grad()
         loss = loss_fn()
@@ -147,18 +144,16 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, start: list[
     return loss.detach()
 
 
-def unroll_head(loss_fn, heads: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: list[Tensor] | None = None):
-    """L(theta, phi_K(theta)) itself, to be differentiated by theta through K = steps plain gradient steps on phi. [reading]
+def unroll_head(loss_fn, heads: nn.Module, optimizer, steps: int, start=None) -> tuple[Tensor, Tensor]:
+    """L(theta, phi_K(theta)), to be differentiated by theta through K = steps plain gradient steps on phi. [reading]
 
-    loss_fn() computes L from h with its gradient and from `heads`, whose parameters are phi. A step is SGD's without momentum,
-    at the learning rate and weight decay of phi's group in optimizer; phi ends as phi_K. start: as in fit_head. Returns
-    (L at phi_K, a scalar with a graph; the loss that the last inner step started from, detached). ValueError for steps < 1.
+    loss_fn() computes L from h with its gradient and from `heads`, whose parameters are phi. A step is SGD's without
+    momentum, with the optimizer's learning rate and weight decay; phi ends as phi_K. start: as in fit_head. Returns
+    L(theta, phi_K), with its graph, and the loss that the last step started from. ValueError for steps < 1. Needs _restart.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
-    if start is not None:
-        reset(optimizer, start)
-    call = _Call(heads)
+    _restart(optimizer, steps, start)
+    call = nn.Module()                                      # calls a function while other tensors stand for phi
+    call.heads, call.forward = heads, lambda function: function()
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     groups = {name: group_of[p] for name, p in call.named_parameters()}
     phi = {name: p.detach().clone().requires_grad_() for name, p in call.named_parameters()}
@@ -167,31 +162,19 @@ def unroll_head(loss_fn, heads: nn.Module, optimizer: torch.optim.Optimizer, ste
         gradients = torch.autograd.grad(inner, phi.values(), create_graph=True)
         phi = {name: p - groups[name]["lr"] * (gradient + groups[name]["weight_decay"] * p)
                for (name, p), gradient in zip(phi.items(), gradients)}
-    loss = torch.func.functional_call(call, phi, (loss_fn,))
     with torch.no_grad():
         for name, p in call.named_parameters():
             p.copy_(phi[name])
-    return loss, inner.detach()
-
-
-class _Call(nn.Module):
-    """Calls a function while functional_call has other tensors in the place of the parameters of `heads`."""
-
-    def __init__(self, heads):
-        super().__init__()
-        self.heads = heads
-
-    def forward(self, function):
-        return function()
+    return torch.func.functional_call(call, phi, (loss_fn,)), inner.detach()
 
 
 @torch.no_grad()
-def reset(optimizer: torch.optim.Optimizer, start: list[Tensor]) -> None:
-    """Set the optimizer's parameters to `start`, in their order, and its momentum to zero."""
-    for p, first in zip((p for group in optimizer.param_groups for p in group["params"]), start, strict=True):
+def _restart(optimizer: torch.optim.Optimizer, steps: int, start: list[Tensor] | None) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    for p, first in zip([p for group in optimizer.param_groups for p in group["params"]], start or ()):
         p.copy_(first)
-        if (momentum := optimizer.state[p].get("momentum_buffer")) is not None:
-            momentum.zero_()
+        optimizer.state[p].get("momentum_buffer", torch.zeros(())).zero_()
 
 
 # ---------------------------------------------------------------------------- 3  Song et al. 2023
@@ -201,10 +184,10 @@ class SparseHead(MLP):
 
         L = L_ssl + lambda * head.penalty()  [reading]
 
-    In the paper SparseHead is the term alone, and it can be added to any SSL method [paper]: `sparsity` does that for any
-    head. Its form is not known to us. Ours is a norm of the first layer's weight (out, D). The default pushes whole columns,
-    one for each input feature, towards zero [reading]: the paper assumes that only a subset of features is needed to
-    minimize a mini-batch's loss [paper]. Needs MLP, sparsity.
+    In the paper SparseHead is the term alone, and it can be added to any SSL method [paper]: `sparsity` does that for
+    any head. Its form is not known to us. Ours is a norm of the first layer's weight (out, D). The default pushes whole
+    columns, one for each input feature, towards zero [reading]: the paper assumes that only a subset of features is
+    necessary to minimize a mini-batch's loss [paper]. Needs MLP, sparsity.
     """
 
     def penalty(self, norm: str = "l21") -> Tensor:
@@ -215,41 +198,15 @@ class SparseHead(MLP):
 def sparsity(head: nn.Module, norm: str = "l21") -> Tensor:
     """R(W), a scalar >= 0, of the first linear layer W (out, in) of any head; norm is a key of NORMS. [reading]
 
-    No norm is a function of the network alone: feature i of h times s and column i of W over s leave z as it is, and change
-    R. The gain of the encoder's last BatchNorm can do that. Raises ValueError for another norm, or where the head has no linear layer. Needs NORMS, first_weight.
+    "l21" is sum_i ||W_:,i|| / ||W||_F over input features i: 1 to sqrt(in), NaN where W is 0. The division makes it
+    free of W's scale: without it ("l21-plain", the group lasso) shrinking all of W lowers the penalty, and costs nothing
+    where a normalization follows. R is not a function of the network: feature i of h times s and column i of W over s
+    leave z as it is and change R; the gain of the encoder's last BatchNorm can do that. Raises ValueError for another
+    norm, or where the head has no linear layer. Needs NORMS, first_weight.
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
     return NORMS[norm](first_weight(head))
-
-
-def l21(W: Tensor) -> Tensor:
-    """sum_i ||W_:,i|| / ||W||_F over input features i: W (out, in) -> 1 to sqrt(in), NaN where W is 0. [reading]
-
-    The division makes it free of W's scale. Without it shrinking all of W lowers the penalty, which costs nothing where a
-    normalization follows.
-    """
-    return W.norm(dim=0).sum() / W.norm()
-
-
-def l21_out(W: Tensor) -> Tensor:
-    """sum_j ||W_j,:|| / ||W||_F over output units j: W (out, in) -> 1 to sqrt(out), NaN where W is 0. [reading]"""
-    return W.norm(dim=1).sum() / W.norm()
-
-
-def l1(W: Tensor) -> Tensor:
-    """sum_ij |W_ij| / ||W||_F over single weights: W (out, in) -> 1 to sqrt(in * out), NaN where W is 0. [reading]"""
-    return W.abs().sum() / W.norm()
-
-
-def l21_plain(W: Tensor) -> Tensor:
-    """sum_i ||W_:,i|| over input features i: group lasso. [reading]"""
-    return W.norm(dim=0).sum()
-
-
-def l1_plain(W: Tensor) -> Tensor:
-    """sum_ij |W_ij|: lasso. [reading]"""
-    return W.abs().sum()
 
 
 def first_weight(head: nn.Module) -> Tensor:
@@ -263,8 +220,7 @@ def first_weight(head: nn.Module) -> Tensor:
 def fraction_pruned(head: nn.Module, h: Tensor) -> float:
     """The fraction, 0 to 1, of input features whose ||W_:,i|| sd(h_i) is below 1e-3 of the largest. [reading]
 
-    W is the head's first layer, sd over the rows of h (M, D). Raises ValueError where there is no linear layer.
-    Needs first_weight."""
+    W is the head's first layer, sd over the rows of h (M, D). ValueError where there is none. Needs first_weight."""
     columns = first_weight(head).detach().norm(dim=0) * h.std(dim=0)
     return (columns < 1e-3 * columns.max()).float().mean().item()
 
@@ -295,18 +251,19 @@ class OffDiagonal(nn.Module):
 
 
 def bn_mse(p: Tensor, z: Tensor, eps: float = 1e-12) -> Tensor:
-    """||BN(p) - stopgrad BN(z)||^2 / d, mean over the batch: Wen & Li's loss with output normalization [paper]; 1/d [reading].
+    """||BN(p) - stopgrad BN(z)||^2 / d, mean over the batch: Wen & Li's loss with output normalization [paper]; 1/d is
+    ours [reading].
 
-    p (N, d) is of one view, z (N, d) of the other. BN is BatchNorm over the rows of all processes, without affine parameters.
-    The value is 2 - 2 * (mean correlation), 0 to 4, for any d. Raises ValueError for N = 1. Needs batch_norm.
-    eps, added to the variance, is small on purpose [reading]: with torch's 1e-5 a run of 40 epochs shrank z until eps hid
-    it, and collapsed completely, which the normalization is there to exclude.
+    p (N, d) is of one view, z (N, d) of the other. BN is BatchNorm without affine, over the rows of all processes. The
+    value is 2 - 2 * (mean correlation), 0 to 4, for any d. Raises ValueError for N = 1. Needs batch_norm.
+    eps, added to the variance, is small on purpose [reading]: with torch's 1e-5 a run of 40 epochs shrank z until eps
+    hid it, and collapsed completely, which the normalization is there to exclude.
     """
     return F.mse_loss(batch_norm(p, eps), batch_norm(z.detach(), eps))
 
 
 def batch_norm(z: Tensor, eps: float = 1e-5) -> Tensor:
-    """(N, d) -> (N * processes, d): the rows of all processes with mean 0 and variance 1 in each feature. Needs gather, _float32."""
+    """(N, d) -> (N * processes, d): all processes' rows, standardized in each feature. Needs gather, _float32."""
     return F.batch_norm(gather(_float32(z)), None, None, training=True, eps=eps)
 
 
@@ -329,17 +286,16 @@ class MLPPredictor(nn.Sequential):
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """-cos(p, stopgrad(z)), mean over the batch: SimSiam's loss [paper]. p (N, d) is of one view, z (N, d) of the other; -1 to 1.
-
-    Needs _float32."""
+    """-cos(p, stopgrad(z)), mean over the batch, -1 to 1: SimSiam's loss [paper]. p (N, d) is of one view, z (N, d) of
+    the other. Needs _float32."""
     return -F.cosine_similarity(_float32(p), _float32(z.detach()), dim=1).mean()
 
 
 def barlow(z1: Tensor, z2: Tensor, lambd: float = 0.005) -> Tensor:
-    """sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2, C = BN(z1)^T BN(z2) / N (d, d): Barlow Twins [paper]; lambd 0.005 [paper].
+    """sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2, C = BN(z1)^T BN(z2) / N (d, d): Barlow Twins, lambd too [paper].
 
-    z1, z2: (N, d), row n of both from the same image. BN is BatchNorm without affine, and C a correlation, over the rows of
-    all processes. Returns a scalar, 0 to d + lambd d (d - 1). Raises ValueError for N = 1. Needs batch_norm.
+    z1, z2: (N, d), row n of both from the same image. BN is BatchNorm without affine, and C a correlation, over all
+    processes' rows. Returns a scalar >= 0. Raises ValueError for N = 1. Needs batch_norm.
     """
     a, b = batch_norm(z1), batch_norm(z2)
     C = a.T @ b / len(a)
@@ -378,8 +334,8 @@ class ReweightHead(nn.Module):
 class TopKHead(nn.Sequential):
     """z = W2 top_k(relu(W1 h)): (N, D) -> (N, d), the sparse head of Ouyang et al. (2503.00507). [code]
 
-    Of the `hidden` features of each row the k largest are kept. hidden is 2 D and k an eighth of it unless given [reading];
-    theirs maps back to D, ours to d like our other heads [reading]. k > hidden raises RuntimeError in forward.
+    Of the `hidden` features of each row the k largest are kept. hidden is 2 D and k an eighth of it unless given, and
+    theirs maps back to D [reading]. k > hidden raises RuntimeError in forward.
     """
 
     def __init__(self, D: int, d: int = 128, hidden: int | None = None, k: int | None = None):
@@ -394,7 +350,7 @@ class TopKHead(nn.Sequential):
 
 
 class DiscreteHead(nn.Sequential):
-    """z = tanh(BN(W2 relu(W1 h))), rounded to L levels: (N, D) -> (N, d). Ouyang et al. (2503.00507) [code], but for the BN.
+    """z = tanh(BN(W2 relu(W1 h))), rounded to L levels: (N, D) -> (N, d). Ouyang et al. (2503.00507) [code].
 
     The gradient passes straight through the rounding. Levels are 1 / (L // 2) apart, from -1 to 1 for odd L; an even L
     lacks the topmost [reading]. The BatchNorm is ours, since a fresh MLP's outputs would all round to one level; so are
@@ -405,7 +361,8 @@ class DiscreteHead(nn.Sequential):
         if levels < 2:
             raise ValueError(f"levels must be at least 2, not {levels}")
         hidden = hidden or 2 * D
-        super().__init__(nn.Linear(D, hidden), nn.ReLU(), nn.Linear(hidden, d), nn.BatchNorm1d(d, affine=False), nn.Tanh())
+        super().__init__(nn.Linear(D, hidden), nn.ReLU(), nn.Linear(hidden, d), nn.BatchNorm1d(d, affine=False),
+                         nn.Tanh())
         self.levels = levels
 
     def forward(self, h: Tensor) -> Tensor:
@@ -414,7 +371,7 @@ class DiscreteHead(nn.Sequential):
 
 
 class LinearPredictor(nn.Linear):
-    """p = W z: (N, d) -> (N, d), all entries trainable, from torch's random start. The control for OffDiagonal. [reading]"""
+    """p = W z: (N, d) -> (N, d), all entries trainable, at random at first: the control for OffDiagonal. [reading]"""
 
     def __init__(self, d: int):
         super().__init__(d, d, bias=False)
@@ -423,9 +380,10 @@ class LinearPredictor(nn.Linear):
 class DirectPred(nn.Module):
     """p = W z, W = U diag(max(sqrt(s / s_max) + eps, 1e-4)) U^T: (N, d) -> (N, d), Tian et al. (2102.06810). [code]
 
-    Not trained: s, U are the eigenpairs of F_hat, which after each step becomes rho F_hat + (1 - rho) E[z z^T]; rho 0.3, eps
-    0.01 [code]. The eigenpairs are computed on the CPU, so a GPU waits. The update is made in forward, in training mode, after p (so in each inner step as well); E is the mean
-    over both views, not centred; F_hat = 0, hence W = (1 + eps) I, at the start [reading]. Needs gather, on_cpu.
+    Not trained: s, U are the eigenpairs of F_hat, which after each step becomes rho F_hat + (1 - rho) E[z z^T]; rho
+    0.3, eps 0.01 [code]. The update is made in forward, in training mode, after p (so in each inner step as well); E is the
+    mean over both views, not centred; F_hat = 0, hence W = (1 + eps) I, at the start [reading]. The CPU computes the
+    eigenpairs: a GPU waits. Needs gather, on_cpu.
     """
 
     def __init__(self, d: int, rho: float = 0.3, eps: float = 0.01):
@@ -463,19 +421,20 @@ def effective_rank(h: Tensor) -> float:
 
 
 def spread(z: Tensor) -> float:
-    """sqrt(mean ||u||^2 - ||mean u||^2) of the unit rows u of z (M, d): 0 where all point one way, 1 where they cancel. [reading]"""
+    """sqrt(mean ||u||^2 - ||mean u||^2) of z's unit rows u (M, d): 0 where all point one way, 1 where they cancel.
+    [reading]"""
     z = F.normalize(on_cpu(z), dim=1)
     return (z.square().sum(dim=1).mean() - z.mean(dim=0).square().sum()).clamp(min=0).sqrt().item()
 
 
 def alignment(z1: Tensor, z2: Tensor) -> float:
-    """Mean squared distance of positive pairs on the unit sphere: z1, z2 (M, d); 0 to 4. Wang & Isola (2005.10242) [paper]."""
+    """Mean squared distance of positive pairs on the unit sphere: z1, z2 (M, d); 0 to 4. Wang & Isola [paper]."""
     return (F.normalize(z1, dim=1) - F.normalize(z2, dim=1)).square().sum(dim=1).mean().item()
 
 
 def uniformity(z: Tensor) -> float:
     """log of the mean of exp(-2 ||z_i - z_j||^2) over pairs i != j on the unit sphere: z (M, d); 0 is collapsed, else
-    negative; NaN for a single row. Wang & Isola (2005.10242) [paper]."""
+    negative; NaN for a single row. Wang & Isola [paper]."""
     z = F.normalize(z, dim=1)
     M, square = len(z), z.square().sum(dim=1)                       # 1, or 0 for a row of zeros
     total = sum(on_cpu((4 * rows @ z.T - 2 * s[:, None] - 2 * square).exp().sum(dim=1)).sum()
@@ -486,9 +445,8 @@ def uniformity(z: Tensor) -> float:
 def variance_fractions(h1: Tensor, h2: Tensor, labels: Tensor) -> tuple[float, float, float]:
     """The fractions of the features' variance (within an image, within class, between classes), summing to 1. [reading]
 
-    h1, h2: (M, D), two views of each image; labels: int64 (M,). Variances are summed over features. Within an image: half the
-    mean squared distance of its views. Between classes: of the classes' means. The rest is within class, between images.
-    NaN where h is constant.
+    h1, h2: (M, D), two views of each image; labels: int64 (M,). Within an image: half the mean squared distance of its
+    views. Between classes: of the classes' means. The rest is between images of a class. NaN where h is constant.
     """
     h1, h2, (classes, y) = on_cpu(h1), on_cpu(h2), labels.cpu().unique(return_inverse=True)
     h, M = (h1 + h2) / 2, len(y)
@@ -502,14 +460,14 @@ def variance_fractions(h1: Tensor, h2: Tensor, labels: Tensor) -> tuple[float, f
 
 
 def features_holding(energy: Tensor, fraction: float = 0.99) -> int:
-    """How few features hold that fraction of a non-negative energy (D,), largest first; 0 where all of it is 0. [reading]"""
+    """How few features hold that fraction of an energy >= 0 (D,), largest first; 0 where all of it is 0. [reading]"""
     held = on_cpu(energy).sort(descending=True).values.cumsum(0)
     return int((held < fraction * held[-1]).sum()) + 1 if held[-1] > 0 else 0
 
 
 def seen(h: Tensor, W: Tensor, fraction: float = 0.99) -> float:
-    """How much of h a linear layer sees: the fraction of the variance of h / sd(h) (M, D) in the span of the top right singular
-    vectors of W diag(sd(h)) (out, D), as few as hold `fraction` of its squared norm: 0 to 1, NaN where h is constant. [reading]
+    """What a linear layer sees: the fraction of the variance of h / sd(h) (M, D) in the span of the top right singular
+    vectors of W diag(sd(h)) (out, D), as few as hold `fraction` of its squared norm. 0 to 1. [reading]
 
     Needs features_holding, on_cpu."""
     h, W = on_cpu(h), on_cpu(W)
@@ -531,11 +489,9 @@ def distributed() -> bool:
 
 
 def gather(z: Tensor) -> Tensor:
-    """(N, d) -> (N * processes, d): the rows of all processes under torch.distributed, z itself without; the same N in each.
-
-    The gradient flows back to the process of each row, summed over processes: if each process's loss is the mean over
-    its own rows, or the loss of all rows, the mean of the processes' gradients is the whole batch's gradient. Needs _Gather.
-    """
+    """(N, d) -> (N * processes, d): the rows of all processes under torch.distributed, z itself without. N is the same
+    in each. The gradient flows back to the process of each row, summed over processes: if each one's loss is the mean
+    over its own rows, or the loss of all, the mean of their gradients is the whole batch's gradient. Needs _Gather."""
     return _Gather.apply(z) if distributed() else z
 
 
@@ -554,14 +510,14 @@ class _Gather(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch's, which trains on GPUs only, and the same on a CPU: statistics over the whole batch, of all processes.
-
-    The branch for GPUs is torch's own; it has not run here."""
+    """torch's, which trains on GPUs only (that branch has not run here), and the same on a CPU: statistics over the
+    whole batch, of all processes."""
 
     def forward(self, x):
         if x.is_cuda or not self.training:
             return super().forward(x)
-        dims, shape, M = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2), dist.get_world_size() * x.numel() / x.shape[1]
+        dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
+        M = dist.get_world_size() * x.numel() / x.shape[1]
         mean = gather(x.mean(dims)[None]).mean(0)
         x = x - mean.view(shape)
         var = gather(x.square().mean(dims)[None]).mean(0)
@@ -573,7 +529,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 
 def synchronized(module: nn.Module) -> nn.Module:
-    """The module, under torch.distributed with each BatchNorm a SyncBatchNorm; the same parameters and names. Needs SyncBatchNorm."""
+    """The module; under torch.distributed each BatchNorm becomes a SyncBatchNorm. Needs SyncBatchNorm."""
     if distributed():
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         for m in module.modules():
@@ -614,4 +570,10 @@ PREDICTORS: dict[str, type] = {
     "directpred": DirectPred,
 }
 LOSSES = {"infonce": nt_xent, "barlow": barlow, "cosine": negative_cosine, "bn": bn_mse}
-NORMS = {"l21": l21, "l21-out": l21_out, "l1": l1, "l21-plain": l21_plain, "l1-plain": l1_plain}
+NORMS = {                        # of W (out, in)
+    "l21": lambda W: W.norm(dim=0).sum() / W.norm(),             # over input features: whole columns
+    "l21-out": lambda W: W.norm(dim=1).sum() / W.norm(),         # over output units: whole rows
+    "l1": lambda W: W.abs().sum() / W.norm(),                    # over single weights
+    "l21-plain": lambda W: W.norm(dim=0).sum(),                  # group lasso
+    "l1-plain": lambda W: W.abs().sum(),                         # lasso
+}

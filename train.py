@@ -51,7 +51,7 @@ RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (            # torchrun sets these, and M
 # ---------------------------------------------------------------------------- the method
 
 def objective(h: Tensor, t: Tensor | None, model, args) -> Tensor:
-    """L(theta, phi) of h (2N, D), the first views of N images, then the second; t (2N, d): the slow copy's z or None."""
+    """L(theta, phi) of h (2N, D), the first views of N images, then the second; t (2N, d): a slow copy's z, or None."""
     z = model.g(h)                                      # 2N x d
     loss_fn = LOSSES[args.loss] if args.tau is None else functools.partial(LOSSES[args.loss], tau=args.tau)
     if args.predictor == "none":
@@ -222,8 +222,8 @@ def parser() -> Parser:
 def defaults(args) -> dict:
     """What the other flags are where they are not given; some follow from those above them.
 
-    Learning rate, momentum, weight decay, batch, temperature and augmentation are simclr-cifar10's for 100 epochs [code],
-    but for shapes; the rest is ours [reading].
+    Learning rate, momentum, decay, batch, temperature and augmentation are simclr-cifar10's for 100 epochs [code], but
+    for shapes; the rest is ours [reading].
     """
     paired, shapes, small = args.predictor != "none", args.dataset == "shapes", str(args.encoder).startswith("convnet")
     head, predictor, inner = trainable(HEADS, args.head), trainable(PREDICTORS, args.predictor), args.inner_steps
@@ -293,11 +293,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.data = args.data and os.path.abspath(args.data)        # so that a run finds its images from anywhere
     args.device = args.device or default_device()
     if args.out is None:
+        name = [args.dataset, args.encoder, args.head] + ([] if args.predictor == "none" else [args.predictor])
+        if args.dataset == "folder":
+            name.insert(1, os.path.basename(args.data))
         named = ("--dataset", "--encoder", "--head ", "--predictor ", "--seed")
-        name = [args.dataset, os.path.basename(args.data or "") if args.dataset == "folder" else "", args.encoder, args.head,
-                args.predictor if args.predictor != "none" else "",
-                *(words.strip("-").replace(" ", "") for words in flags(args) if not words.startswith(named)), f"seed{args.seed}"]
-        args.out = os.path.join("runs", "-".join(word for word in name if word))
+        name += [words.strip("-").replace(" ", "") for words in flags(args) if not words.startswith(named)]
+        args.out = os.path.join("runs", "-".join([*name, f"seed{args.seed}"]))
     return args
 
 
@@ -362,8 +363,8 @@ FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP"]         # those of torch
 
 def load_folder(root: Path, train: bool, size: int, limit: int | None) -> tuple[Tensor, Tensor, list[str]]:
     """A part of a folder of images: root/train, and root/test or root/val, in any case; without these all of root, of
-    which a fifth, chosen by name, is for testing. Classes are the training part's subfolders. What cannot be read is named
-    and left out; UserError where that is over 1 % of the part."""
+    which a fifth, chosen by name, is for testing. Classes are the training part's subfolders. What cannot be read is
+    named and left out; UserError where that is over 1 % of the part."""
     if not root.is_dir():
         raise UserError(f"no folder {root}: name one of images by --data, or use --dataset shapes")
     parts = {d.name.lower(): d for d in root.iterdir() if d.is_dir()}
@@ -425,9 +426,9 @@ def read_image(path: str, size: int) -> bytes | str:
 
 def training_images(args, device) -> Tensor:
     """The images of these arguments, on the device where they fit in half of its free memory. Raises UserError."""
-    if LOCAL_RANK:                                      # a machine's first process downloads or decodes, then the others
+    if LOCAL_RANK:                          # a machine's first process downloads or decodes, then the others read
         dist.barrier()
-    images, _ = load_dataset(args.dataset, args.data, True, args.image_size, args.limit)    # the labels are not looked at
+    images, _ = load_dataset(args.dataset, args.data, True, args.image_size, args.limit)    # the labels are not used
     if RANKS > 1 and not LOCAL_RANK:
         dist.barrier()
     if len(images) < (args.limit or 2):
@@ -437,8 +438,8 @@ def training_images(args, device) -> Tensor:
 
 
 def two_views(images, args, steps: range, per_epoch: int, N: int, device):
-    """For each step (x, other), a function of (args.seed, step) alone: x (2N, 3, S, S), two views of its N images, and with
-    --inner-batch other two views of N images drawn anew, else None. Of several processes each makes its part."""
+    """For each step (x, other), a function of (args.seed, step) alone: x (2N, 3, S, S), two views of its N images, and
+    with --inner-batch other two views of N images drawn anew, else None. Each of several processes makes its part."""
     def views(chosen, g):
         part = chosen[RANK * N // RANKS:][:N // RANKS]
         batch = to_device(images[to_device(part, images.device)], device)
@@ -494,14 +495,14 @@ def draw_shapes(M: int, seed: int) -> tuple[Tensor, Tensor]:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, of each channel, for every data set
 
 
-def augment(images: Tensor, generator: torch.Generator, crop_scale=0.2, hue=0.1, grayscale=0.1, rank=0, ranks=1) -> Tensor:
+def augment(images: Tensor, generator, crop_scale=0.2, hue=0.1, grayscale=0.1, rank=0, ranks=1) -> Tensor:
     """One random view per image in SimCLR's manner: uint8 (N, 3, S, S) -> normalized float32 (N, 3, S, S).
 
     Crop of crop_scale to 1 of the area, resized back; flip; with probability 0.8 brightness, contrast and saturation
     by a factor in 0.6 to 1.4 and a hue shift up to +-hue turns; gray with probability grayscale; above 64 px a
-    Gaussian blur with probability 0.5. Each is torchvision's own definition, but for floats and in batch: every
-    parameter is drawn per image, only the order of the four colour operations once per call. Grayscale 0.1 is
-    simclr-cifar10's [code]; the other constants are ours [reading].
+    Gaussian blur with probability 0.5 [reading]. Each is torchvision's own definition, but for floats and in batch: every
+    parameter is drawn per image, only the order of the four colour operations once per call. Crop, jitter and grayscale
+    are simclr-cifar10's [code].
     Drawn on the generator's device; with a CPU generator the views are the same on every device. The images may be
     the share of one rank: then the parameters are that share of those of the whole batch.
     """
@@ -557,7 +558,7 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def resize_matrix(start: Tensor, length: Tensor, size: int, out: int) -> Tensor:
-    """(N, out, size): cuts start .. start + length (N, 1, 1) from `size` pixels and resizes that to `out`, antialiased."""
+    """(N, out, size): cuts start .. start + length (N, 1, 1) from `size` pixels, and antialiased resizing to `out`."""
     scale = length / out
     centre = (torch.arange(out, device=start.device) + 0.5)[:, None] * scale              # N x out x 1
     source = torch.arange(size, device=start.device) + 0.5 - start                        # N x 1 x size
@@ -655,8 +656,8 @@ def parameters(optimizer) -> list[Tensor]:
 @torch.no_grad()
 def follow(model: Model, momentum: float) -> None:
     """BYOL's moving average of the parameters. BatchNorm's buffers are the copy's own: it too runs in train mode."""
-    for slow, fast in zip(model.target.parameters(), nn.Sequential(model.f, model.g).parameters()):
-        slow.lerp_(fast, 1 - momentum)
+    for p, fast in zip(model.target.parameters(), nn.Sequential(model.f, model.g).parameters()):
+        p.lerp_(fast, 1 - momentum)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
@@ -800,20 +801,20 @@ def end_epoch(run, step: int, lr: float, means: list[float], h: Tensor, model: M
     if args.predictor == "linear":
         line["moved"] = (model.q.weight.detach() - model.start[-1]).norm().item()
     if args.sparsity:
-        line |= {"penalty": sparsity(model.g, args.sparsity_norm).item(), "pruned": projhead.fraction_pruned(model.g, h)}
-    speed = len(h) * min(run.per_epoch, step - run.step) / seconds
-    line |= {"seconds": seconds, "views_per_s": speed} | peak_memory(h.device)
-    run.log.append(json.dumps({key: value if isinstance(value, int) else round(value, 6) for key, value in line.items()}))
+        line["penalty"] = sparsity(model.g, args.sparsity_norm).item()
+        line["pruned"] = projhead.fraction_pruned(model.g, h)
+    line |= {"seconds": seconds, "views_per_s": len(h) * min(run.per_epoch, step - run.step) / seconds}
+    line |= peak_memory(h.device)
+    run.log.append(json.dumps({key: round(value, 6) for key, value in line.items()}))
     if RANK == 0:
         with replacing(run.out / "metrics.jsonl") as file:
             file.write("".join(line + "\n" for line in run.log).encode())
-    extra = "".join(f"  {key} {line[key]:.3f}" for key in ("offdiag", "pruned") if key in line)
-    say(f"epoch {line['epoch']}/{args.epochs}  loss {means[0]:.4f}  rank h {line['rank_h']:.1f} z {line['rank_z']:.1f}{extra}  "
-        f"{speed:.0f} views/s")
+    shown = {key: line[key] for key in ("loss", "rank_h", "rank_z", "offdiag", "pruned", "views_per_s") if key in line}
+    say(f"epoch {line['epoch']}/{args.epochs}  " + "  ".join(f"{key} {value:.5g}" for key, value in shown.items()))
 
 
 def tell(run, step: int, stopped: int) -> None:
-    """How far it is, always on a terminal and once a minute elsewhere; after a signal how to continue, and SystemExit."""
+    """How far it is: on a terminal always, elsewhere once a minute. After a signal how to continue, and SystemExit."""
     now, live = time.perf_counter(), sys.stdout.isatty()
     if stopped and step < run.total:
         note(f"stopped after step {step} of {run.total}; this continues: {command()}")
@@ -834,9 +835,11 @@ def peak_memory(device) -> dict:
         return {"memory": torch.cuda.max_memory_allocated(device) / 2**30}
     try:
         import resource                                         # not on Windows
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        return {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
     except ImportError:
         return {}
-    return {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)}
+
 
 
 # ---------------------------------------------------------------------------- several processes, signals, the terminal
@@ -894,7 +897,7 @@ def signals():
 
 
 def first_signal(caught: list[int]) -> int:
-    """The signal after which to stop, or 0. All processes stop after the same step; this waits for processes, not for GPUs."""
+    """The signal after which to stop, or 0, the same in all processes. This waits for them, not for their GPUs."""
     number = torch.tensor(caught[0] if caught else 0)
     if RANKS > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)
