@@ -48,19 +48,17 @@ def load_run(path, device="cpu") -> argparse.Namespace:
     file = path / "checkpoint.pt"
     if not file.is_file():
         raise UserError(f"no checkpoint.pt in {path}: name a run's folder, or make one by python train.py")
-    checkpoint = train.load(file)
-    try:
-        args, images = argparse.Namespace(**checkpoint["args"]), checkpoint["images"]
+    with train.ours(file):
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        args, images, step = argparse.Namespace(**checkpoint["args"]), checkpoint["images"], checkpoint["step"]
         model, steps = train.build(args), args.epochs * (images[0] // min(args.batch_size, images[0]))
-    except Exception as e:                  # arguments that are none of ours
-        raise train.not_ours(file, e) from None
-    untrained = copy.deepcopy(model.f)
-    parts = {"encoder": model.f, "head": model.g, "predictor": model.q}
-    train.restore(parts, checkpoint, file)
+        untrained = copy.deepcopy(model.f)
+        parts = {"encoder": model.f, "head": model.g, "predictor": model.q}
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
     for module in (*parts.values(), untrained):
         module.to(device).eval().requires_grad_(False)
-    return argparse.Namespace(path=path, args=args, step=checkpoint["step"], steps=steps, images=images, **parts,
-                              untrained=untrained)
+    return argparse.Namespace(path=path, args=args, step=step, steps=steps, images=images, untrained=untrained, **parts)
 
 
 def layers(head: nn.Module) -> list[nn.Module]:

@@ -501,8 +501,8 @@ def augment(images: Tensor, generator, crop_scale=0.2, hue=0.1, grayscale=0.1, r
     Crop of crop_scale to 1 of the area, resized back; flip; with probability 0.8 brightness, contrast and saturation
     by a factor in 0.6 to 1.4 and a hue shift up to +-hue turns; gray with probability grayscale; above 64 px a
     Gaussian blur with probability 0.5 [reading]. Each is torchvision's own definition, but for floats and in batch: every
-    parameter is drawn per image, only the order of the four colour operations once per call. Crop, jitter and grayscale
-    are simclr-cifar10's [code].
+    parameter is drawn per image, only the order of the four colour operations once per call. Crop, jitter and
+    grayscale are simclr-cifar10's [code].
     Drawn on the generator's device; with a CPU generator the views are the same on every device. The images may be
     the share of one rank: then the parameters are that share of those of the whole batch.
     """
@@ -690,67 +690,52 @@ def replacing(path: Path):
         raise
 
 
-def load(path: Path) -> dict:
-    """A checkpoint {args, step, images, state dicts by name}, on the CPU, without running what it holds. UserError."""
+@contextlib.contextmanager
+def ours(path: Path):
+    """Whatever fails inside, the file at `path` is not a checkpoint of ours: UserError."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint | {"args": dict(checkpoint["args"]), "step": int(checkpoint["step"])}
-    except Exception as e:                                      # of pickle, zipfile, torch
-        raise not_ours(path, e) from None
-
-
-def not_ours(path: Path, e: Exception) -> UserError:
-    return UserError(f"{path} is not a checkpoint of ours ({type(e).__name__})")
+        yield
+    except UserError:
+        raise
+    except Exception as e:                                      # of pickle, zipfile, torch; a key or a tensor that does not fit
+        raise UserError(f"{path} is not a checkpoint of ours ({type(e).__name__})") from None
 
 
 def start_run(args, images: Tensor, parts: dict, per_epoch: int, device) -> argparse.Namespace:
     """A run at .step of .total: as its checkpoint has it, or a new one, saved at once. Its .log holds the lines of
     metrics.jsonl. parts: what has a state dict, by its name in a checkpoint. Raises UserError."""
-    out, checkpoint, now = Path(args.out), [None], time.perf_counter()
-    if RANK == 0 and (out / "checkpoint.pt").exists():
-        checkpoint = [load(out / "checkpoint.pt")]
-    elif RANK == 0 and (out / "metrics.jsonl").exists():
+    out, now, crc = Path(args.out), time.perf_counter(), zlib.crc32(images.cpu().numpy())
+    file, log = out / "checkpoint.pt", out / "metrics.jsonl"
+    run = argparse.Namespace(args=args, out=out, parts=parts, images=[len(images), crc], per_epoch=per_epoch, step=0,
+                             total=args.epochs * per_epoch, began=now, said=now)
+    if RANK == 0 and log.exists() and not file.exists():
         raise UserError(f"--out {out} holds a metrics.jsonl without a checkpoint: choose another")
-    if RANKS > 1:
-        dist.broadcast_object_list(checkpoint)                  # the first process knows
-    run = argparse.Namespace(args=args, out=out, parts=parts, images=[len(images), zlib.crc32(images.cpu().numpy())],
-                             step=0, total=args.epochs * per_epoch, per_epoch=per_epoch, began=now, said=now)
-    if args.precision is None:                                  # a run that moves to another device keeps its own
-        args.precision = checkpoint[0]["args"]["precision"] if checkpoint[0] else native_precision(device)
-    run.log = [json.dumps({
-        "command": command(), "args": vars(args), "images": len(images), "python": sys.version.split()[0],
-        "torch": torch.__version__, "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
-        "processes": RANKS, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)})]
-    if checkpoint[0]:
-        resume(run, checkpoint[0])
-    else:
+    with ours(file):
+        found = [torch.load(file, map_location="cpu", weights_only=True)] if RANK == 0 and file.exists() else [None]
+        if RANKS > 1:
+            dist.broadcast_object_list(found)                   # the first process knows
+        old = found[0]
+        if args.precision is None:                              # a run that moves to another device keeps its own
+            args.precision = old["args"]["precision"] if old else native_precision(device)
+        run.log = [json.dumps({
+            "command": command(), "args": vars(args), "images": len(images), "python": sys.version.split()[0],
+            "torch": torch.__version__, "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
+            "processes": RANKS, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)})]
+        if old:
+            there, here = old["args"] | {"images": old["images"]}, vars(args) | {"images": run.images}
+            differ = [f"{flag.replace('_', '-')} {there.get(flag)} there, {value} here" for flag, value in here.items()
+                      if flag not in PLACES and there.get(flag) != value]
+            if differ:
+                raise everywhere(UserError(f"--out {out} holds another run: {'; '.join(differ)}: choose another"))
+            for name, part in parts.items():
+                part.load_state_dict(old[name])
+            run.step = old["step"]
+            run.log = log.read_text().splitlines()[:1 + run.step // per_epoch] if log.exists() else run.log
+    if not old:
         save(run, 0)
     say(f"{out}: {len(images)} images of {args.image_size} px, {args.encoder} in {args.precision} on {device}, "
         f"step {run.step} of {run.total}" + f", {RANKS} processes" * (RANKS > 1))
     return run
-
-
-def resume(run, checkpoint: dict) -> None:
-    """Put a run where its checkpoint stands. Raises UserError where that is of other arguments or images."""
-    old, log = checkpoint["args"] | {"images": checkpoint["images"]}, run.out / "metrics.jsonl"
-    new = vars(run.args) | {"images": run.images}
-    differ = [f"{flag.replace('_', '-')} {old.get(flag)} there, {value} here" for flag, value in new.items()
-              if flag not in PLACES and old.get(flag) != value]
-    if differ:
-        raise everywhere(UserError(f"--out {run.out} holds another run: {'; '.join(differ)}: choose another"))
-    restore(run.parts, checkpoint, run.out / "checkpoint.pt")
-    run.step = checkpoint["step"]
-    if log.exists():
-        run.log = log.read_text().splitlines()[:1 + run.step // run.per_epoch]
-
-
-def restore(parts: dict, checkpoint: dict, path: Path) -> None:
-    """Load the state of each part, strictly. Raises UserError."""
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-    except Exception as e:                                      # KeyError, RuntimeError, ValueError ...
-        raise not_ours(path, e) from None
 
 
 def save(run, step: int) -> None:
