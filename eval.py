@@ -3,15 +3,15 @@
 
     python eval.py                           # the newest run in runs/: a row for each tap
     python eval.py RUN --columns linear rank               # these columns only; all of them: --json
-    python eval.py RUN RUN ...               # a row for each method: mean±standard deviation over runs that differ in the seed
+    python eval.py RUN RUN ...               # a row for each method: mean±standard deviation over seeds
     python eval.py RUN RUN ... --taps        # the same with a row for each tap of each method
-    python eval.py RUN RUN ... --against "--head mlp"      # differences from that row over the seeds that both have
+    python eval.py RUN RUN ... --against "--head mlp"      # paired differences from that row
     python eval.py RUN --dataset cifar100    # transfer: other labelled images through the same encoder
     python eval.py RUN --probe transform     # what linear probes can tell of what was done to an image; needs no labels
     python eval.py RUN --neighbors out.png   # a picture: test images with their nearest training images; or --views
 
-Every network is frozen, in eval mode and in float32; labels are read here and nowhere else. Probes see the training images
-of the run (its first --limit N, where it was given); the test images are scored once. Results are kept in RUN/eval.json.
+Every network is frozen, in eval mode and in float32; labels are read here and nowhere else. Probes see the training
+images of the run (its first --limit N); the test images are scored once. Results are kept in RUN/eval.json.
 """
 import train                                # first: it sets what torch's threads do while they wait
 import argparse
@@ -36,14 +36,14 @@ from train import UserError, note
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 UNTRAINED = {}      # the rows of encoders before the first step, which runs of the same seed share
 PROBED = 10_000     # images of either part that --probe transform looks at, at most
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # Student's t, 97.5 %, 1 to 9 degrees of freedom
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # Student's t at 97.5 %, 1 to 9 degrees of freedom
 
 
 # ---------------------------------------------------------------------------- runs and features
 
 def load_run(path, device="cpu") -> argparse.Namespace:
-    """A run from its folder: .path, .args, .step of .steps, .images, the frozen .encoder, .head and .predictor in eval mode,
-    and .untrained, the encoder before the first step. Only checkpoint.pt is read. Raises UserError."""
+    """A run from its folder: .path, .args, .step of .steps, .images, the frozen .encoder, .head and .predictor in eval
+    mode, and .untrained, the encoder before the first step. Only checkpoint.pt is read. Raises UserError."""
     path = Path(path).parent if Path(path).name == "checkpoint.pt" else Path(path)
     file = path / "checkpoint.pt"
     if not file.is_file():
@@ -71,7 +71,7 @@ def layer_name(run, tap: str) -> str:
 
 
 def taps(run, x: Tensor) -> dict[str, Tensor]:
-    """{tap: (N, dim)} of normalized images x (N, 3, S, S): h, g[0], g[1] ... the layers inside the head, z, and p."""
+    """{tap: (N, dim)} of normalized images x (N, 3, S, S): h, g[0], g[1] ... (the layers inside the head), z, and p."""
     h, inside = run.encoder(x.contiguous(memory_format=torch.channels_last)).float(), {}
     hooks = [layer.register_forward_hook(lambda _, __, y, i=i: inside.update({f"g[{i}]": y}))
              for i, layer in enumerate(layers(run.head))]
@@ -110,7 +110,7 @@ def features(run, images: Tensor, view=None, batch_size: int = 500) -> dict[str,
 
 
 def trained_and_not(run) -> list[tuple[str, argparse.Namespace]]:
-    """(suffix of a tap's name, what features() takes): the run, and its encoder before the first step, without a head."""
+    """(suffix of a tap's name, what features() takes): the run, and its encoder before the first step, with no head."""
     args = argparse.Namespace(predictor="none", image_size=run.args.image_size)
     start = argparse.Namespace(args=args, encoder=run.untrained, head=nn.Sequential(), predictor=nn.Identity())
     return [("", run), (" untrained", start)]
@@ -131,7 +131,7 @@ def probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> t
     order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0)).to(train_x.device)
     mean, std = train_x.mean(0), train_x.std(0)
     std = torch.where(std > 1e-6 * mean.abs(), std, 1)              # what varies by less is rounding of a constant
-    x, test_x = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (train_x[order], test_x))    # bias: a column of 1
+    x, test_x = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (train_x[order], test_x))    # 1: the bias
     classes, y = train_y[order].unique(return_inverse=True)         # a class that is not there is never predicted
     held, weights, best = len(x) // 5, x.new_zeros(len(classes), x.shape[1]), None
     covariance = projhead.on_cpu(x.T @ x / len(x))
@@ -150,23 +150,23 @@ def probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> t
 
 
 def linear_probe(*data: Tensor) -> tuple[float, float]:
-    """(test accuracy in percent, chosen l2) of probe(train_x, train_y, test_x, test_y). ValueError for fewer than 5 rows."""
+    """(test accuracy in percent, chosen l2) of probe(train_x, train_y, test_x, test_y); its errors."""
     return probe(*data)[:2]
 
 
 def fit(x: Tensor, y: Tensor, l2: float, weights: Tensor, covariance: Tensor, tolerance: float) -> Tensor:
     """The minimum (classes, dim) of mean cross-entropy + l2/2 ||W||^2 (not the last column) by L-BFGS, from `weights`.
 
-    x: (M, dim), the last column 1. y: int64 (M,). covariance: double (dim, dim) on the CPU, x^T x / M or about that. At W = 0
-    the Hessian of a class is H = covariance / classes + l2: W = U R^-1 with H = R R^T makes it the identity, for U.
-    Ends where a step changes the loss, or all of U, by less than `tolerance`.
+    x: (M, dim), the last column 1. y: int64 (M,). covariance: double (dim, dim) on the CPU, x^T x / M or about that. At
+    W = 0 the Hessian of a class is H = covariance / classes + l2: W = U R^-1 with H = R R^T makes it the identity, for U.
+    Ends where no entry of the gradient exceeds `tolerance`, or a step changes the loss by less.
     """
     penalty = torch.full_like(covariance[0], l2)
     penalty[-1] = 1e-9
     R = torch.linalg.cholesky(covariance / len(weights) + penalty.diag()).to(x)
     U = (weights @ R).requires_grad_()
-    optimizer = torch.optim.LBFGS([U], max_iter=1000, history_size=20, tolerance_grad=tolerance, tolerance_change=tolerance,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([U], max_iter=1000, history_size=20, tolerance_grad=tolerance,
+                                  tolerance_change=tolerance, line_search_fn="strong_wolfe")
     def loss():
         optimizer.zero_grad()
         W = torch.linalg.solve_triangular(R, U, upper=False, left=False)
@@ -198,25 +198,26 @@ def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int
 # ---------------------------------------------------------------------------- what is measured
 
 def load_data(run, dataset=None, data=None) -> list[tuple]:
-    """(images, labels, classes) of the training part and of the test part: the run's own, or another data set's. Of its own
-    training part the images that the run was trained on. labels are (M, 1), or (M, 2) for shapes. Raises UserError."""
+    """(images, labels, classes) of the training part and of the test part: the run's own, or another data set's. Of its
+    own training part the images that the run was trained on. labels: (M, 1), or (M, 2) for shapes. Raises UserError."""
     args, own, parts = run.args, dataset in (None, run.args.dataset), []
     for part in (True, False):
-        images, labels, classes = train.read_dataset(dataset or args.dataset, data or args.data or "data", part, args.image_size,
-                                                     args.limit if own and part else None)
+        limit = args.limit if own and part else None
+        root = data or args.data or "data"
+        images, labels, classes = train.read_dataset(dataset or args.dataset, root, part, args.image_size, limit)
         parts.append((images, labels.view(len(labels), -1), classes))
     if own and [len(parts[0][0]), zlib.crc32(parts[0][0].numpy())] != run.images:
-        note(f"{run.path} was trained on {run.images[0]} other images than the {len(parts[0][0])} training images here")
+        note(f"{run.path} was trained on {run.images[0]} other images than the {len(parts[0][0])} here")
     return parts
 
 
 def table(run, ks=(20, 200), dataset=None, data=None, inside=True, show=lambda row: None) -> list[dict]:
     """A row for each tap (without `inside` for h and z alone), the untrained h last. show(row) is called for each.
 
-    {tap, layer, dim; linear, l2, held_out, knn20 ... for each kind of label; rank, centred rank, alignment, uniformity; within
-    image, within class, between classes}. held_out is the linear probe's accuracy on the fifth of the training part that chose
-    its l2; the last three are fractions of the variance (projhead.variance_fractions). The row of h also has, where the head
-    has weights, the percentage of its variance `seen` by the head's first layer, and `carrying`.
+    {tap, layer, dim; linear, l2, held_out, knn20 ... for each kind of label; rank, centred rank, alignment, uniformity;
+    within image, within class, between classes}. held_out is the linear probe's accuracy on the fifth of the training
+    part that chose its l2; the last three are fractions of the variance (projhead.variance_fractions). The row of h also
+    has, where the head has weights, the percentage of its variance `seen` by the head's first layer, and `carrying`.
     """
     (train_images, train_labels, _), (test_images, test_labels, _) = load_data(run, dataset, data)
     all_images, args = train_images, run.args
@@ -265,15 +266,17 @@ def labelled(images: Tensor, labels: Tensor, part: str) -> tuple[Tensor, Tensor]
     """The images with a known label, and their labels; says on stderr how many have none."""
     known = (labels >= 0).all(1)
     if not known.all():
-        note(f"{len(known) - int(known.sum())} of {len(known)} {part} images have no label, or one that no training image has: "
+        note(f"{int((~known).sum())} of {len(known)} {part} images have no label, or one that no training image has: "
              "no probe sees them")
     return images[known], labels[known]
 
 
 def carrying(run, images: Tensor, batches: int = 10) -> float:
-    """How many features of h carry 99 % of sum_i (dL/dh_i)^2 var(h_i) in a mini-batch; L is the run's objective. The mean
-    over mini-batches of views as in training; the networks are in eval mode, and the target is the stop-gradient one."""
-    model, N = train.Model(run.encoder, run.head, run.predictor, None, None), min(run.args.batch_size, len(images))
+    """How many features of h carry 99 % of sum_i (dL/dh_i)^2 var(h_i) in a mini-batch; L is the run's objective. The
+    mean over mini-batches of views as in training; the networks are in eval mode, and the target is the stop-gradient
+    one."""
+    model = train.Model(run.encoder, run.head, run.predictor, None, None)
+    N = min(run.args.batch_size, len(images))
     device, counts = next(run.encoder.parameters()).device, []
     for x, _ in train.two_views(images, run.args, range(batches), max(1, len(images) // N), N, device):
         h = run.encoder(x).float().requires_grad_()
@@ -320,8 +323,8 @@ TRANSFORMS = {"rotation": (rotate, 4), "flip": (flip, 2), "gray": (gray, 2), "qu
 
 
 def transform_table(run, dataset=None, data=None, inside=True, show=lambda row: None) -> list[dict]:
-    """A row {tap, layer, dim, rotation, flip, gray, quadrant} for each tap (without `inside` for h and z only), the untrained h
-    and chance last.
+    """A row {tap, layer, dim, rotation, flip, gray, quadrant} for each tap (without `inside` for h and z alone), the
+    untrained h and chance last.
 
     Each cell is a linear probe's accuracy in percent, for which of the transformation's classes was done to an image.
     Every image gets one at random, the same for all taps. Only the first eval.PROBED training images of the run and
@@ -332,13 +335,15 @@ def transform_table(run, dataset=None, data=None, inside=True, show=lambda row: 
         raise UserError(f"--probe transform needs at least 5 training images, not {len(parts[0])}")
     for column, (transform, classes) in TRANSFORMS.items():
         for name, source in trained_and_not(run):
-            (a, a_y), (b, b_y) = (transformed(source, images, transform, classes, seed) for seed, images in enumerate(parts))
+            (a, a_y), (b, b_y) = (transformed(source, images, transform, classes, i) for i, images in enumerate(parts))
             for tap in [tap for tap in a if inside or tap in ("h", "z")]:
                 working(f"{run.path}: {tap}{name}, {column}")
-                row = rows.setdefault(tap + name, {"tap": tap + name, "layer": layer_name(run, tap), "dim": a[tap].shape[1]})
+                begun = {"tap": tap + name, "layer": layer_name(run, tap), "dim": a[tap].shape[1]}
+                row = rows.setdefault(tap + name, begun)
                 row[column], row["l2 " + column] = linear_probe(a[tap], a_y, b[tap], b_y)
     working("")
-    rows["chance"] = {"tap": "chance", "layer": "", "dim": 0} | {column: 100 / n for column, (_, n) in TRANSFORMS.items()}
+    chance = {column: 100 / classes for column, (_, classes) in TRANSFORMS.items()}
+    rows["chance"] = {"tap": "chance", "layer": "", "dim": 0, **chance}
     for row in rows.values():
         show(row)
     return list(rows.values())
@@ -369,7 +374,8 @@ def measured(run, question: dict, show=lambda row: None) -> list[dict]:
             show(row)
         return results[key]
     where = question["dataset"], question["data"], question["inside"]
-    rows = table(run, question["ks"], *where, show) if question["probe"] == "labels" else transform_table(run, *where, show)
+    labels = question["probe"] == "labels"
+    rows = table(run, question["ks"], *where, show) if labels else transform_table(run, *where, show)
     try:
         with train.replacing(file) as new:
             new.write(json.dumps({"checkpoint": crc, "step": run.step, "results": results | {key: rows}}).encode())
@@ -379,10 +385,11 @@ def measured(run, question: dict, show=lambda row: None) -> list[dict]:
 
 
 def cell(key: str, values: list, difference: bool = False) -> str:
-    """One value, or mean±standard deviation of several; of differences the half-width of the mean's 95 % interval instead."""
+    """One value, or mean±standard deviation; of differences the half-width of their mean's 95 % interval instead."""
     if not values or isinstance(values[0], str):
         return values[0] if values else ""
-    digits = 0 if key == "dim" else 2 if key.split()[0] in ("alignment", "uniformity", "within", "between", "pruned") else 1
+    fractions = ("alignment", "uniformity", "within", "between", "pruned")
+    digits = 0 if key == "dim" else 2 if key.split()[0] in fractions else 1
     mean, n = f"{statistics.mean(values):{'+' * difference}.{digits}f}", len(values)
     if n == 1 or key == "dim":
         return mean
@@ -410,7 +417,8 @@ def one_table(run, question: dict, columns: list[str] | None) -> None:
         if not keys:
             usual = ("linear", f"knn{question['ks'][0]}", "rank", "within", "between", *TRANSFORMS)
             keys.extend(["tap", "layer", "dim", *shown(list(row)[3:], columns, usual)])
-            widths.extend([11, max(5, *(len(type(layer).__name__) for layer in layers(run.head)))] + [max(5, len(key)) for key in keys[2:]])
+            widths.extend([11, max(5, *(len(type(layer).__name__) for layer in layers(run.head)))])
+            widths.extend(max(5, len(key)) for key in keys[2:])
             print_row(keys, widths), print_row(["-" * w for w in widths], widths)
         print_row([cell(key, [row[key]] if key in row else []) for key in keys], widths)
     train.say(f"{run.path}, step {run.step} of {run.steps}; accuracies in percent, on test images")
@@ -429,13 +437,15 @@ def collect(runs: list, question: dict) -> tuple[dict, list[str]]:
         flags = head + [flag for flag in train.flags(args) if flag not in head and not flag.startswith("--seed ")]
         flags += [f"--data {os.path.basename(args.data)}"] if args.dataset == "folder" else []
         values = {(key, row["tap"]): value for row in rows for key, value in row.items() if key != "tap"}
-        methods.setdefault(tuple(flags), {})[args.seed] = values | {(key, "h"): value for key, value in last_epoch(run).items()}
+        logged = {(key, "h"): value for key, value in last_epoch(run).items()}
+        methods.setdefault(tuple(flags), {})[args.seed] = values | logged
         start.setdefault(f"untrained {args.encoder}", {})[args.seed] = {
             (key, "h"): value for (key, tap), value in values.items() if tap == "h untrained"}
         if run.step < run.steps:
             note(f"{run.path} is not finished: step {run.step} of {run.steps}")
     common = set.intersection(*map(set, methods)) if len(methods) > 1 else set()
-    named = {" ".join(flag for flag in flags if flag not in common) or "as above": seeds for flags, seeds in methods.items()}
+    named = {" ".join(flag for flag in flags if flag not in common) or "as above": seeds
+             for flags, seeds in methods.items()}
     return start | named, sorted(common)
 
 
@@ -448,27 +458,30 @@ def last_epoch(run) -> dict:
 
 
 def many_table(runs: list, question: dict, columns: list[str] | None, taps: bool, against: str | None) -> None:
-    """Print a row for each method, or for each tap of each: runs that differ in the seed alone are one row. With `against`, the
-    flags of a row as this table prints them, the other rows are differences from it, over the seeds that both have."""
+    """Print a row for each method, or for each tap of each: runs that differ in the seed alone are one row. With
+    `against`, the flags of a row as this table prints them, the others are differences from it over shared seeds."""
     methods, common = collect(runs, question)
     if against and against not in methods:
         raise UserError(f"--against: no row {against!r}; there are {', '.join(map(repr, methods))}")
+    base = methods.get(against, {})
     def values(name, column):
         own = {seed: found[column] for seed, found in methods[name].items() if column in found}
-        if against in (None, name) or any(isinstance(value, str) for value in own.values()):
+        if against in (None, name) or column[0] == "layer":
             return list(own.values())
-        return [value - methods[against][seed][column] for seed, value in own.items() if column in methods[against].get(seed, {})]
+        return [value - base[seed][column] for seed, value in own.items() if column in base.get(seed, {})]
     every = list(dict.fromkeys(column for seeds in methods.values() for found in seeds.values() for column in found))
     usual = ("linear", "held_out", f"knn{question['ks'][-1]}", "rank", "carrying", "pruned", "offdiag", "moved", *TRANSFORMS)
     keys = shown(list(dict.fromkeys(key for key, _ in every if key not in ("layer", "dim"))), columns, usual)
-    wide = [(key, tap) for key in keys for tap in ("h", "z") if (key, tap) in every]
+    of_z = [key for key in keys if columns or not key.startswith(("held_out", "knn"))]
+    wide = [(key, tap) for key in keys for tap in ("h", "z") if (key, tap) in every and (tap == "h" or key in of_z)]
     lines = [["flags", "n", *(("tap", "layer", *keys) if taps else (f"{key} {tap}" for key, tap in wide))]]
     for name, seeds in methods.items():
-        n = len(seeds if against in (None, name) else seeds.keys() & methods[against].keys())
+        difference = against not in (None, name)
+        n = len(seeds.keys() & base.keys() if difference else seeds)
         for tap in dict.fromkeys(tap for found in seeds.values() for _, tap in found) if taps else ("",):
             cells = [("layer", tap), *((key, tap) for key in keys)] if taps else wide
-            difference = against not in (None, name)
-            lines.append([f"`{name}`", n, *[tap] * taps, *(cell(key, values(name, (key, tap)), difference) for key, tap in cells)])
+            lines.append([f"`{name}`", n, *([tap] if taps else []),
+                          *(cell(key, values(name, (key, tap)), difference) for key, tap in cells)])
     lines = list(zip(*(column for column in zip(*lines) if any(str(value) for value in column[1:]))))
     widths = [max(len(str(value)) for value in column) for column in zip(*lines)]
     if common:
@@ -490,8 +503,8 @@ def lettering(size: int):
 
 
 def letter(draw, x, y, width, text, align=0.0, size=12) -> None:
-    """Draw text below y, between x and x + width: at the left (align 0) or in the middle (0.5). What is too wide loses its
-    middle. The font has the letters of ASCII only: anything else becomes "?"."""
+    """Draw text below y, between x and x + width: at the left (align 0) or in the middle (0.5). What is too wide loses
+    its middle. The font has the letters of ASCII only: anything else becomes "?"."""
     font, text = lettering(size), text[:300].encode("ascii", "replace").decode()
     keep, short = len(text), text
     while keep and font.getlength(short) > width:
@@ -536,13 +549,13 @@ def picture(rows: list, path, title: str = "") -> None:
 
 
 def draw_neighbors(run, path, dataset=None, data=None, n: int = 8, k: int = 8) -> None:
-    """Write a picture: the first n test images, each with its k nearest training images of the run, by cosine of h and, where
-    there is a head, of z. Images of the test image's class are framed. Raises UserError."""
+    """Write a picture: the first n test images, each with its k nearest training images of the run, by cosine of h and,
+    where there is a head, of z. Images of the test image's class are framed. Raises UserError."""
     (train_images, train_labels, classes), (test_images, test_labels, _) = load_data(run, dataset, data)
     def name(labels):
         return classes[labels[0]] if labels[0] >= 0 else ""
     a, b, rows = features(run, train_images), features(run, test_images[:n]), []
-    cosines = {tap: F.normalize(b[tap], dim=1) @ F.normalize(a[tap], dim=1).T for tap in ("h", "z") if tap in b}      # n x M
+    cosines = {tap: F.normalize(b[tap], dim=1) @ F.normalize(a[tap], dim=1).T for tap in ("h", "z") if tap in b}
     for i in range(len(b["h"])):
         for tap in cosines:
             tiles = [(test_images[i], f"test: {name(test_labels[i]) or 'no class'}") if tap == "h" else (None, "")]
@@ -570,32 +583,32 @@ def draw_views(run, path, data=None, n: int = 8, k: int = 8) -> None:
 def main() -> None:
     p = train.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("run", nargs="*", metavar="RUN", help="runs' folders (default: the newest in ./runs/)")
-    p.add_argument("--dataset", choices=train.SIZES, help="other labelled images, through the same encoder (default: the run's)")
-    p.add_argument("--data", metavar="DIR", help="where the data set lies (default: where the run found its own, else data)")
+    p.add_argument("--dataset", choices=train.SIZES, help="other labelled images, same encoder (default: the run's)")
+    p.add_argument("--data", metavar="DIR", help="where it lies (default: where the run found its own, else data)")
     p.add_argument("--probe", choices=["labels", "transform"], default="labels",
-                   help="what linear probes are for: the labels, or rotation, flip, gray and quadrant (default: labels)")
+                   help="for the labels, or for rotation, flip, gray and quadrant of an image (default: labels)")
     p.add_argument("--k", type=train.number(int, 1), nargs="+", help="neighbours for kNN (default: 20 200)")
-    p.add_argument("--columns", nargs="+", metavar="NAME", help="the columns to print, by name or first word (default: some)")
+    p.add_argument("--columns", nargs="+", metavar="NAME", help="to print, by name or first word (default: some)")
     p.add_argument("--taps", action="store_true", help="of several runs: a row for each tap")
-    p.add_argument("--against", metavar="FLAGS", help="of several runs: differences from that row, over shared seeds, "
-                   "with the half-width of their mean's 95 %% t interval")
-    p.add_argument("--json", action="store_true", help="a line of JSON for each run, with all columns, instead of a table")
+    p.add_argument("--against", metavar="FLAGS", help="of several runs: differences from the row with these flags, over "
+                   "shared seeds, with the half-width of their mean's 95 %% t interval")
+    p.add_argument("--json", action="store_true", help="a line of JSON for each run, with all columns, and no table")
     p.add_argument("--neighbors", metavar="PNG", help="draw test images and their nearest training images")
     p.add_argument("--views", metavar="PNG", help="draw training images and views of them")
-    p.add_argument("--device", default=train.default_device(), help="(default: torch's accelerator where there is one, else cpu)")
+    p.add_argument("--device", default=train.default_device(), help="(default: torch's accelerator, else cpu)")
     args = p.parse_args()
-    drawn = [flag for flag in ("neighbors", "views") if getattr(args, flag)]
-    of_many = args.taps or args.against
+    drawn, of_many = args.neighbors or args.views, args.taps or args.against
     for clash, why in (
-            (len(drawn) > 1, "draw one picture at a time"),
-            (drawn and (args.json or of_many or args.columns or args.k or args.probe == "transform"), f"--{drawn[:1]} draws no table"),
-            (drawn and len(args.run) > 1, f"--{drawn[:1]} takes one run"),
+            (args.neighbors and args.views, "draw one picture at a time"),
+            (drawn and (args.json or of_many or args.columns or args.k or args.probe == "transform"),
+             "--neighbors and --views draw a picture instead of a table"),
+            (drawn and len(args.run) > 1, "--neighbors and --views take one run"),
             (args.views and args.dataset, "--views is of the run's own data set"),
             (args.k and args.probe == "transform", "--k: there is kNN in the table of label probes only"),
             (args.json and (of_many or args.columns), "--json has all taps and columns"),
             (of_many and len(args.run) < 2, "--taps and --against are for several runs")):
         if clash:
-            raise UserError(why.replace("['", "").replace("']", ""))
+            raise UserError(why)
     if not args.run:
         runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda f: f.stat().st_mtime)
         if not runs:
