@@ -48,6 +48,7 @@ def load_run(path, device="cpu") -> argparse.Namespace:
     file = path / "checkpoint.pt"
     if not file.is_file():
         raise UserError(f"no checkpoint.pt in {path}: name a run's folder, or make one by python train.py")
+    crc = zlib.crc32(file.read_bytes())     # before the rest: if a newer one comes between, nothing is kept in its name
     with train.ours(file):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         args, images, step = argparse.Namespace(**checkpoint["args"]), checkpoint["images"], checkpoint["step"]
@@ -58,7 +59,8 @@ def load_run(path, device="cpu") -> argparse.Namespace:
             part.load_state_dict(checkpoint[name])
     for module in (*parts.values(), untrained):
         module.to(device).eval().requires_grad_(False)
-    return argparse.Namespace(path=path, args=args, step=step, steps=steps, images=images, untrained=untrained, **parts)
+    return argparse.Namespace(path=path, crc=crc, args=args, step=step, steps=steps, images=images, untrained=untrained,
+                              **parts)
 
 
 def layers(head: nn.Module) -> list[nn.Module]:
@@ -136,7 +138,7 @@ def probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> t
     held, weights, best = len(x) // 5, x.new_zeros(len(classes), x.shape[1]), None
     covariance = projhead.on_cpu(x.T @ x / len(x))
     for l2 in L2:                                                   # each starts where the last ended
-        weights = fit(x[held:], y[held:], l2, weights, covariance, tolerance=1e-4)
+        weights = fit(x[held:], y[held:], l2, weights, covariance, tolerance=1e-5)
         right = (x[:held] @ weights.T).argmax(1) == y[:held]
         if best is None or right.sum() > best[0].sum():
             best = right, l2, weights
@@ -227,7 +229,7 @@ def table(run, ks=(20, 200), dataset=None, data=None, inside=True, show=lambda r
     if len(train_images) < 5 or not len(labels):
         names = note("too few labels: no accuracies") or ()
     start = json.dumps([args.encoder, args.seed, args.image_size, args.crop_scale, args.hue, args.grayscale, ks,
-                        *(zlib.crc32(images.numpy()) for images in (all_images, test_images))])
+                        *(zlib.crc32(part.numpy()) for part in (all_images, test_images, train_labels, labels))])
     rows = []
     for name, source in trained_and_not(run):
         if name and start in UNTRAINED:
@@ -364,10 +366,9 @@ def measured(run, question: dict, show=lambda row: None) -> list[dict]:
     """The rows that answer the question {probe, ks, dataset, data, inside}: from RUN/eval.json, if they are there for this
     checkpoint, else measured now and put there (a folder's images may change: always now). show(row) is called for each."""
     file, key, results = run.path / "eval.json", json.dumps(question), {}
-    crc = zlib.crc32((run.path / "checkpoint.pt").read_bytes())
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # no file, or not ours: measured anew
         kept = json.loads(file.read_text())
-        results = dict(kept["results"]) if kept["checkpoint"] == crc else {}
+        results = dict(kept["results"]) if kept["checkpoint"] == run.crc else {}
     key = next((k for k in (json.dumps(question | {"inside": True}), key) if k in results), key)
     if key in results and (question["dataset"] or run.args.dataset) != "folder":
         for row in results[key]:
@@ -378,7 +379,7 @@ def measured(run, question: dict, show=lambda row: None) -> list[dict]:
     rows = table(run, question["ks"], *where, show) if labels else transform_table(run, *where, show)
     try:
         with train.replacing(file) as new:
-            new.write(json.dumps({"checkpoint": crc, "step": run.step, "results": results | {key: rows}}).encode())
+            new.write(json.dumps({"checkpoint": run.crc, "step": run.step, "results": results | {key: rows}}).encode())
     except UserError as e:                              # another's run, say: the table is shown all the same
         note(f"not kept: {e}")
     return rows
@@ -430,7 +431,7 @@ def collect(runs: list, question: dict) -> tuple[dict, list[str]]:
     kinds = sorted({run.args.dataset for run in runs})
     if len(kinds) > 1 and not question["dataset"]:
         raise UserError(f"the runs are of different data sets, {' and '.join(kinds)}: name one for all by --dataset")
-    start, methods = {}, {}
+    start, methods, several = {}, {}, len({run.images[0] for run in runs}) > 1
     for run in runs:
         args, rows = run.args, measured(run, question)
         head = [f"--head {args.head}"] if args.predictor == "none" else []         # named also where it is the default
@@ -439,7 +440,7 @@ def collect(runs: list, question: dict) -> tuple[dict, list[str]]:
         values = {(key, row["tap"]): value for row in rows for key, value in row.items() if key != "tap"}
         logged = {(key, "h"): value for key, value in last_epoch(run).items()}
         methods.setdefault(tuple(flags), {})[args.seed] = values | logged
-        start.setdefault(f"untrained {args.encoder}", {})[args.seed] = {
+        start.setdefault(f"untrained {args.encoder}" + f", {run.images[0]} images" * several, {})[args.seed] = {
             (key, "h"): value for (key, tap), value in values.items() if tap == "h untrained"}
         if run.step < run.steps:
             note(f"{run.path} is not finished: step {run.step} of {run.steps}")
@@ -628,7 +629,8 @@ def main() -> None:
         draw_views(runs[0], args.views, args.data)
     elif args.json:
         for run in runs:
-            rows = measured(run, question)
+            rows = [{key: None if value in (math.inf, -math.inf) or value != value else value for key, value in row.items()}
+                    for row in measured(run, question)]             # JSON has no NaN
             train.say(json.dumps({"run": str(run.path), "step": run.step, "args": vars(run.args), "rows": rows}))
     elif len(runs) > 1:
         many_table(runs, question, args.columns, args.taps, args.against)

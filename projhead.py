@@ -18,8 +18,6 @@
 Each docstring names its source: [paper] the paper states it, [code] a constant or formula of released code, [reading]
 our choice where the sources that we had are silent. "Needs" names what else to copy with a class or function.
 """
-import functools
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -32,8 +30,8 @@ from torch import Tensor, nn
 class ConvNet(nn.Sequential):
     """A small encoder that trains in minutes on a CPU: (N, 3, H, W) -> (N, widths[-1]), H and W at least 8. [reading]
 
-    A stage is convolution, pooling (not in the last), BatchNorm, ReLU. Like ResNet-18 it has 512 features, more than z's
-    128: room for what the loss does not ask for.
+    A stage is convolution, pooling (not in the last), BatchNorm, ReLU. Like ResNet-18 it has 512 features, more than
+    z's 128: room for what the loss does not ask for.
     """
 
     def __init__(self, widths=(16, 32, 64, 512)):
@@ -149,7 +147,8 @@ def unroll_head(loss_fn, heads: nn.Module, optimizer, steps: int, start=None) ->
 
     loss_fn() computes L from h with its gradient and from `heads`, whose parameters are phi. A step is SGD's without
     momentum, with the optimizer's learning rate and weight decay; phi ends as phi_K. start: as in fit_head. Returns
-    L(theta, phi_K), with its graph, and the loss that the last step started from. ValueError for steps < 1. Needs _restart.
+    L(theta, phi_K) with its graph, and the loss that the last step started from. ValueError for steps < 1. Needs
+    _restart.
     """
     _restart(optimizer, steps, start)
     call = nn.Module()                                      # calls a function while other tensors stand for phi
@@ -199,8 +198,8 @@ def sparsity(head: nn.Module, norm: str = "l21") -> Tensor:
     """R(W), a scalar >= 0, of the first linear layer W (out, in) of any head; norm is a key of NORMS. [reading]
 
     "l21" is sum_i ||W_:,i|| / ||W||_F over input features i: 1 to sqrt(in), NaN where W is 0. The division makes it
-    free of W's scale: without it ("l21-plain", the group lasso) shrinking all of W lowers the penalty, and costs nothing
-    where a normalization follows. R is not a function of the network: feature i of h times s and column i of W over s
+    free of W's scale: without it ("l21-plain", the group lasso) shrinking all of W lowers the penalty, and costs
+    nothing where a normalization follows. R is not a function of the network: feature i of h times s and column i of W over s
     leave z as it is and change R; the gain of the encoder's last BatchNorm can do that. Raises ValueError for another
     norm, or where the head has no linear layer. Needs NORMS, first_weight.
     """
@@ -381,7 +380,7 @@ class DirectPred(nn.Module):
     """p = W z, W = U diag(max(sqrt(s / s_max) + eps, 1e-4)) U^T: (N, d) -> (N, d), Tian et al. (2102.06810). [code]
 
     Not trained: s, U are the eigenpairs of F_hat, which after each step becomes rho F_hat + (1 - rho) E[z z^T]; rho
-    0.3, eps 0.01 [code]. The update is made in forward, in training mode, after p (so in each inner step as well); E is the
+    0.3, eps 0.01 [code]. The update is made in forward, in training mode, after p (in each inner step as well); E is the
     mean over both views, not centred; F_hat = 0, hence W = (1 + eps) I, at the start [reading]. The CPU computes the
     eigenpairs: a GPU waits. Needs gather, on_cpu.
     """
@@ -471,7 +470,7 @@ def seen(h: Tensor, W: Tensor, fraction: float = 0.99) -> float:
 
     Needs features_holding, on_cpu."""
     h, W = on_cpu(h), on_cpu(W)
-    sd = h.std(dim=0)
+    sd = h.std(dim=0, correction=0)
     h = torch.where(sd > 0, (h - h.mean(dim=0)) / sd, 0)
     _, s, V = torch.linalg.svd(W * sd, full_matrices=False)
     return ((h @ V[:features_holding(s.square(), fraction)].T).square().sum() / h.square().sum()).item()
@@ -545,8 +544,8 @@ def _float32(z: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- what the flags of train.py name
 
 ENCODERS = {
-    "convnet": ConvNet,                                             # D = 512
-    "convnet128": functools.partial(ConvNet, (16, 32, 64, 128)),    # D = 128, no more than z has
+    "convnet": ConvNet,                                         # D = 512
+    "convnet128": lambda: ConvNet((16, 32, 64, 128)),          # D = 128, no more than z has
     "resnet18": torchvision.models.resnet18,
     "resnet34": torchvision.models.resnet34,
     "resnet50": torchvision.models.resnet50,

@@ -799,14 +799,14 @@ def end_epoch(run, step: int, lr: float, means: list[float], h: Tensor, model: M
 
 
 def tell(run, step: int, stopped: int) -> None:
-    """How far it is: on a terminal always, elsewhere once a minute. After a signal how to continue, and SystemExit."""
-    now, live = time.perf_counter(), sys.stdout.isatty()
+    """Once a minute how far the run is; after a signal how it continues, and SystemExit."""
+    now = time.perf_counter()
     if stopped and step < run.total:
         note(f"stopped after step {step} of {run.total}; this continues: {command()}")
         raise SystemExit(128 + stopped)
-    if live or now - run.said > 60:
+    if now - run.said > 60:
         eta = datetime.timedelta(seconds=int((now - run.began) / (step - run.step) * (run.total - step)))
-        say(f"step {step}/{run.total}  ETA {eta} ", end="\r" if live else "\n")
+        say(f"step {step}/{run.total}  ETA {eta}")
         run.said = now
 
 
@@ -889,9 +889,9 @@ def first_signal(caught: list[int]) -> int:
     return int(number)
 
 
-def say(text: str, end: str = "\n", file=None) -> None:
+def say(text: str, file=None) -> None:
     if RANK == 0:
-        print(text, end=end, file=file, flush=True)
+        print(text, file=file, flush=True)
 
 
 def note(text: str) -> None:
