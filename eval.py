@@ -146,7 +146,7 @@ def probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> t
         if lost - won > 2 * (lost + won) ** 0.5:
             break
     right, l2, weights = best
-    weights = fit(x, y, l2, weights, covariance, tolerance=1e-6)
+    weights = fit(x, y, l2, weights, covariance, tolerance=1e-7)
     hits = classes[(test_x @ weights.T).argmax(1)] == test_y
     return 100 * hits.sum().item() / len(hits), l2, 100 * right.sum().item() / len(right)
 

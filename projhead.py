@@ -129,9 +129,10 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, start: list[
     /dtheta = dL/dtheta there (the envelope theorem): no implicit differentiation. Before phi* that drops a term, which
     unroll_head has. Behind a stop-gradient both levels do not minimize one L, and the inner steps are a heuristic.
 
-    Which L? If the population's, alternating and joint descent share their minimizers: only the path differs. On one
-    batch 2 steps are nearly joint training, and many fit phi to that batch alone; a loss_fn of other images does not.
-    InfoNCE is free of the last layer's scale, so with weight decay on phi L + decay has no minimizer. Needs _restart.
+    Which L? If the population's, alternating and joint descent share their minimizers: only the path differs. Where phi
+    already is, 2 steps on a batch are nearly joint training (cosine of dL/dtheta with that before them: 0.98), 20 are
+    not (0.36): they fit phi to the batch that they see, the step's own or another, and raise the loss of others. From
+    the run's first phi 2 steps are far from it too (0.50). A test prints these. InfoNCE is free of the last layer's scale, so with weight decay on phi L + decay has no minimizer. Needs _restart.
     """
     _restart(optimizer, steps, start)
     for _ in range(steps):
@@ -445,7 +446,8 @@ def variance_fractions(h1: Tensor, h2: Tensor, labels: Tensor) -> tuple[float, f
     """The fractions of the features' variance (within an image, within class, between classes), summing to 1. [reading]
 
     h1, h2: (M, D), two views of each image; labels: int64 (M,). Within an image: half the mean squared distance of its
-    views. Between classes: of the classes' means. The rest is between images of a class. NaN where h is constant.
+    views. Between classes: of the classes' means. The rest is between images of a class; as the first is an unbiased
+    estimate, it may be just below 0. NaN where h is constant.
     """
     h1, h2, (classes, y) = on_cpu(h1), on_cpu(h2), labels.cpu().unique(return_inverse=True)
     h, M = (h1 + h2) / 2, len(y)

@@ -523,8 +523,8 @@ class Objective(nn.Module):
 
 @pytest.mark.parametrize("flags", [
     "--head mlp", "--head none", "--loss barlow --head mlp", "--predictor mlp --target ema",
-    "--head sparse --inner-steps 1", "--head parametric --inner-steps 3", "--head mlp --inner-steps 2 --inner-start reset",
-    "--head linear --predictor offdiag --inner-steps 2", "--head mlp --inner-steps 2 --inner-batch other",
+    "--head sparse --inner-steps 1", "--head parametric --inner-steps 3", "--head linear --predictor offdiag --inner-steps 2",
+    "--head parametric --inner-start reset", "--head mlp --inner-steps 2 --inner-batch other",
     "--predictor mlp --target ema --inner-steps 2 --inner-batch other --inner-start reset",
     "--head mlp --inner-steps 2 --inner-gradient unrolled",
     "--predictor linear --inner-steps 3 --inner-gradient unrolled --inner-start reset"])
@@ -616,6 +616,12 @@ def test_fit_head_lowers_the_loss_and_leaves_the_encoder_alone():
             fit(lambda: loss(h), optimizer, 0)
 
 
+def put(g, start):
+    with torch.no_grad():
+        for p, first in zip(g.parameters(), start, strict=True):
+            p.copy_(first)
+
+
 def derivative(f, g, encode, loss, direction, *fit):
     """dV/dtheta along a direction, by finite differences, of V(theta) = L(theta, what fit_head makes of phi)."""
     weight, start = f[0].weight, [g.weight.detach().clone()]
@@ -629,7 +635,7 @@ def derivative(f, g, encode, loss, direction, *fit):
             weight.sub_(t * direction)
         return value
     slope = (V(1e-4) - V(-1e-4)) / 2e-4
-    projhead.reset(torch.optim.SGD(g.parameters()), start)
+    put(g, start)
     return slope
 
 
@@ -658,7 +664,7 @@ def test_envelope_theorem():
         assert torch.allclose(g.weight, fitted, rtol=1e-12) and loss(h).item() == pytest.approx(exact.item(), rel=1e-12)
         again, _ = projhead.unroll_head(lambda: loss(h), g, optimizer, steps, start)        # wherever phi is
         assert torch.allclose(g.weight, fitted, rtol=1e-12) and again.item() == pytest.approx(exact.item(), rel=1e-12)
-        projhead.reset(plain, start)
+        put(g, start)
     h = encode().detach()
     projhead.fit_head(lambda: loss(h), torch.optim.SGD(g.parameters(), 0.1, momentum=0.9), 500)
     assert envelope() == pytest.approx(numerical, rel=1e-5)
@@ -686,7 +692,7 @@ def test_what_inner_steps_do_to_the_encoders_gradient():
             if K:
                 projhead.fit_head(lambda: train.objective(fixed, None, model, joint), phi, K, first)
             else:
-                projhead.reset(phi, warm)
+                put(nn.ModuleList([model.g, model.q]), warm)
             loss = train.objective(h, None, model, joint)
             gradient = torch.autograd.grad(loss, train.parameters(theta), retain_graph=True)
             gradient = torch.cat([d.flatten() for d in gradient])
@@ -986,7 +992,7 @@ COMBINATIONS = [flags.strip() for line in """
 def test_combinations_train_save_and_evaluate(flags):
     checkpoint = run(flags + " --epochs 1")
     args, start = argparse.Namespace(**checkpoint["args"]), untrained(checkpoint)
-    assert checkpoint["step"] == 2 and same_bits(checkpoint, train.load(Path("run/checkpoint.pt")))
+    assert checkpoint["step"] == 2
     for name, module in zip(("encoder", "head", "predictor"), start):
         for key, p in module.named_parameters():        # what can be trained was; a bias before a BatchNorm cannot
             moved = not torch.equal(checkpoint[name][key], p) or "bias" in key
@@ -1058,14 +1064,16 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(flags, hasty):
     began = time.perf_counter()
     assert ended(training("whole")) == 0
     lasts, moments, kills = time.perf_counter() - began, random.Random(0), 0
-    while kills < 4 or ended(training("parts")):
+    while kills < 4:
         child = training("parts")
         time.sleep(moments.uniform(0, lasts))
         os.kill(child, signal.SIGKILL)
-        kills += ended(child) == -signal.SIGKILL
+        code = ended(child)
+        assert code in (0, -signal.SIGKILL), Path("child").read_text()
+        kills += code != 0
         if Path("parts/checkpoint.pt").exists() and same_run("whole", "parts"):
             shutil.rmtree("parts")                      # it was done: again
-    assert same_run("whole", "parts")
+    assert ended(training("parts")) == 0 and same_run("whole", "parts")
 
 
 @pytest.mark.parametrize("killer", ["fsync", "replace", "replaced"])
@@ -1098,7 +1106,7 @@ def clock(monkeypatch):
     now, saves, two_views, save = [0.0], [], train.two_views, train.save
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(train, "save", lambda run, step: saves.append(step) or save(run, step))
-    def trained(flags, seconds, kill_at=None):
+    def trained(flags, seconds, kill_at=None, anew=True):
         def slowly(images, args, steps, *rest):
             for step, x in zip(steps, two_views(images, args, steps, *rest)):
                 now[0] += seconds
@@ -1106,7 +1114,8 @@ def clock(monkeypatch):
                     signal.raise_signal(signal.SIGTERM)
                 yield x
         monkeypatch.setattr(train, "two_views", slowly)
-        shutil.rmtree("run", ignore_errors=True), saves.clear()
+        shutil.rmtree("run", ignore_errors=True) if anew else None
+        saves.clear()
         with pytest.raises(SystemExit) if kill_at is not None else contextlib.nullcontext():
             run(f"--head none --batch-size 8 {flags}")
         return saves
@@ -1118,16 +1127,15 @@ def test_when_a_checkpoint_is_written(clock):
     assert clock("--epochs 7", 10) == [0, 4, 8, 12, 14]         # two steps, 20 seconds, in an epoch
     assert clock("--epochs 7", 0.1) == [0, 14] and clock("--epochs 3", 40) == [0, 2, 4, 6]
     assert clock("--limit 40 --epochs 2", 110) == [0, 3, 5, 8, 10]
-    assert clock("--epochs 2", 0.1, kill_at=2) == [0, 3]
+    assert clock("--epochs 2", 0.1, kill_at=2) == [0, 3] and clock("--limit 40 --epochs 2", 110, kill_at=1) == [0, 2]
+    assert clock("--limit 40 --epochs 2", 110, anew=False) == [5, 8, 10]         # continued
 
 
-def test_progress_is_printed_once_a_minute_or_always_on_a_terminal(clock, monkeypatch, capsys):
-    def steps(end):
-        clock("--limit 40 --batch-size 2 --epochs 2", 13)
-        return [int(step) for step in re.findall(rf"step (\d+)/40  ETA \d:\d\d:\d\d {end}", capsys.readouterr().out)]
-    assert steps("\n") == [*range(5, 41, 5)]            # 65 seconds
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert steps("\r") == [*range(1, 41)]
+def test_progress_is_printed_once_a_minute(clock, capsys):
+    clock("--limit 40 --batch-size 2 --epochs 2", 13)
+    lines = re.findall(r"^step (\d+)/40  ETA (\d:\d\d:\d\d)$", capsys.readouterr().out, re.M)
+    assert [int(step) for step, _ in lines] == [*range(5, 41, 5)]      # 65 seconds
+    assert lines[0][1] == "0:07:35" and lines[-1][1] == "0:00:00"
 
 
 def test_a_full_disk_loses_nothing(hasty, capsys):
@@ -1458,44 +1466,66 @@ def test_a_finished_run_says_so_and_stays(capsys):
 
 # ---------------------------------------------------------------------------- evaluation
 
+@pytest.fixture(autouse=True)
+def nothing_measured(monkeypatch):
+    monkeypatch.setattr(evaluation, "UNTRAINED", {})
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A number of the features and labels in place of the probe's; the list of what it was asked."""
+    asked = []
+    def number(x, y, test_x, test_y):
+        asked.append((x, y, test_x, test_y))
+        return x.std().item() * (1 + y[0].item()), 0.1, 50.0
+    monkeypatch.setattr(evaluation, "probe", number)
+    return asked
+
+
 def test_evaluation_moves_nothing():
     checkpoint, before = run("--head mlp --hidden 16 --dim 8"), Path("run/checkpoint.pt").read_bytes()
     frozen, images = evaluation.load_run("run"), SETS[10_000][0]
+    assert not any(m.training for m in (frozen.encoder, frozen.head, frozen.predictor, frozen.untrained))
     alone, together = evaluation.features(frozen, images, batch_size=1), evaluation.features(frozen, images)
     assert torch.allclose(alone["z"], together["z"], atol=1e-5)      # running statistics, not those of the batch
     evaluation.table(frozen)
-    assert all(torch.equal(v, checkpoint["encoder"][k]) for k, v in frozen.encoder.state_dict().items())
-    start = train.build(frozen.args).f.state_dict()
-    assert all(torch.equal(v, start[k]) for k, v in frozen.untrained.state_dict().items())
-    modules = nn.ModuleList([frozen.encoder, frozen.head, frozen.predictor, frozen.untrained])
-    assert not any(p.requires_grad or p.grad is not None for p in modules.parameters()) and not any(m.training for m in modules[0].modules())
+    start = untrained(checkpoint).f.state_dict()
+    for module, state in ((frozen.encoder, checkpoint["encoder"]), (frozen.head, checkpoint["head"]),
+                          (frozen.untrained, start)):
+        assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
+        assert not any(p.requires_grad or p.grad is not None for p in module.parameters())
+        assert not any(m.training for m in module.modules())
     assert Path("run/checkpoint.pt").read_bytes() == before
     large = F.interpolate(images.float(), (50, 50)).to(torch.uint8)
     x = train.normalize(TF.resize(large.float() / 255, [32, 32], antialias=True))
-    assert torch.allclose(evaluation.features(frozen, large)["h"], frozen.encoder(x), atol=1e-4)
+    assert torch.allclose(evaluation.features("run", large)["h"], frozen.encoder(x), atol=1e-4)
     def drift(x, forward=frozen.encoder.forward):
         frozen.encoder[2].running_mean.add_(1)
         return forward(x)
     frozen.encoder.forward = drift
     with pytest.raises(RuntimeError):
         evaluation.features(frozen, images)
+    frozen.encoder.forward = lambda x: x.flatten(1) * math.nan
+    with pytest.raises(train.UserError):
+        evaluation.features(argparse.Namespace(**vars(frozen) | {"head": nn.Sequential()}), images)
 
 
 def linear_data(rows=600, dim=20, classes=7, correlated=False, strength=0.6):
     """(train_x, train_y, test_x, test_y): labels drawn from a planted linear model; 1000 test rows."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(rows + 1000, dim, generator=g)
-    y = (strength * x @ torch.randn(dim, classes, generator=g) - torch.rand(len(x), classes, generator=g).log().neg().log()).argmax(1)
+    logits = strength * x @ torch.randn(dim, classes, generator=g)
+    y = (logits - torch.rand(len(x), classes, generator=g).log().neg().log()).argmax(1)
     if correlated:
         x = (x @ torch.randn(dim, dim, generator=g) + 1).relu()
     return x[:rows], y[:rows], x[rows:], y[rows:]
 
 
 def optimum(x, y, l2, classes):
-    """(weights with the bias last, loss) at the minimum, in float64, by torch's LBFGS."""
+    """(weights with the bias last, loss) at the minimum, in float64, by torch's LBFGS without a change of variables."""
     x, W = F.pad(x.double(), (0, 1), value=1.0), torch.zeros(classes, x.shape[1] + 1, dtype=double, requires_grad=True)
-    optimizer = torch.optim.LBFGS([W], max_iter=5000, max_eval=20000, tolerance_grad=1e-8, tolerance_change=0, history_size=50,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([W], max_iter=5000, max_eval=20000, tolerance_grad=1e-8, tolerance_change=0,
+                                  history_size=50, line_search_fn="strong_wolfe")
     def closure():
         optimizer.zero_grad()
         loss = F.cross_entropy(x @ W.T, y) + l2 / 2 * W[:, :-1].square().sum()
@@ -1505,24 +1535,31 @@ def optimum(x, y, l2, classes):
     return W.detach(), closure().item()
 
 
-@pytest.mark.parametrize("l2, correlated", [(1e-1, True), (1e-3, False), (1e-3, True), (1e-5, True)])
-def test_the_probe_reaches_the_optimum(l2, correlated):
-    x, y, *_ = linear_data(correlated=correlated)
-    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-9)
+@pytest.mark.parametrize("l2, dim, correlated", [
+    (1e-1, 20, True), (1e-3, 20, False), (1e-3, 20, True), (1e-5, 20, True), (1e-3, 100, False)])
+def test_the_probe_reaches_the_optimum(l2, dim, correlated):
+    """The loss in excess of the least is at most ten times the tolerance: 1e-3 in the search, 1e-5 at the end."""
+    x, y, test_x, test_y = linear_data(dim=dim, correlated=correlated)
+    x, test_x = (x - x.mean(0)) / x.std(0), F.pad((test_x - x.mean(0)) / x.std(0), (0, 1), value=1.0).double()
     W, lowest = optimum(x, y, l2, 7)
     x = F.pad(x, (0, 1), value=1.0)
-    covariance = (x.T @ x / len(x)).double()
-    cold, _ = evaluation.fit(x, y, l2, torch.zeros(7, 21), [], covariance, 1e-7)
-    start, pairs = evaluation.fit(x[200:], y[200:], 10 * l2, torch.zeros(7, 21), [], covariance, 1e-5)
-    warm, _ = evaluation.fit(x, y, l2, start, pairs, covariance, 1e-7)
-    for weights in (cold.double(), warm.double()):
-        loss = F.cross_entropy(x.double() @ weights.T, y) + l2 / 2 * weights[:, :-1].square().sum()
-        assert lowest - 1e-9 <= loss < lowest + 1e-6
-        assert ((x.double() @ weights.T).softmax(1) - (x.double() @ W.T).softmax(1)).abs().mean() < 1e-3
+    covariance, cold = (x.T @ x / len(x)).double(), torch.zeros(7, dim + 1)
+    warm = evaluation.fit(x[120:], y[120:], 10 * l2, cold, covariance, tolerance=1e-4)
+    expected, right = (test_x @ W.T).softmax(1), ((test_x @ W.T).argmax(1) == test_y).sum().item()
+    for tolerance, apart, rows in ((1e-4, 6e-3, 8), (1e-6, 1e-3, 2)):
+        for start in (cold, warm):
+            weights = evaluation.fit(x, y, l2, start, covariance, tolerance=tolerance).double()
+            loss = F.cross_entropy(x.double() @ weights.T, y) + l2 / 2 * weights[:, :-1].square().sum()
+            assert lowest - 1e-9 <= loss < lowest + 10 * tolerance
+            logits = test_x @ weights.T
+            assert (logits.softmax(1) - expected).abs().mean() < apart
+            assert abs((logits.argmax(1) == test_y).sum().item() - right) <= rows       # of 1000
+    assert cold.count_nonzero() == 0
 
 
-def test_the_probe_agrees_with_a_search_written_out():
-    train_x, train_y, test_x, test_y = linear_data(correlated=True)
+@pytest.mark.parametrize("dim, correlated, rows", [(20, True, 1), (100, False, 2)])
+def test_the_probe_agrees_with_a_search_written_out(dim, correlated, rows):
+    train_x, train_y, test_x, test_y = linear_data(dim=dim, correlated=correlated)
     accuracy, l2, held_out = evaluation.probe(train_x, train_y, test_x, test_y)
     mean, std = train_x.mean(0), train_x.std(0)
     x, test_x = (train_x - mean) / std, F.pad((test_x - mean) / std, (0, 1), value=1.0).double()
@@ -1530,10 +1567,13 @@ def test_the_probe_agrees_with_a_search_written_out():
     held, kept, scores = order[:120], order[120:], {}
     for each in evaluation.L2:
         W, _ = optimum(x[kept], train_y[kept], each, 7)
-        scores[each] = 100 * ((F.pad(x[held], (0, 1), value=1.0).double() @ W.T).argmax(1) == train_y[held]).float().mean().item()
+        right = (F.pad(x[held], (0, 1), value=1.0).double() @ W.T).argmax(1) == train_y[held]
+        scores[each] = 100 * right.float().mean().item()
     W, _ = optimum(x, train_y, l2, 7)                   # all of the training part, with the l2 that was chosen
-    assert accuracy == pytest.approx(100 * ((test_x @ W.T).argmax(1) == test_y).float().mean().item(), abs=0.11)     # one row of 1000
-    assert held_out == pytest.approx(scores[l2], abs=0.84) and held_out >= max(scores.values()) - 0.84               # one row of 120
+    expected = 100 * ((test_x @ W.T).argmax(1) == test_y).float().mean().item()
+    assert accuracy == pytest.approx(expected, abs=0.11)                                            # one row of 1000
+    near = rows * 100 / 120 + 0.01
+    assert held_out == pytest.approx(scores[l2], abs=near) and scores[l2] >= max(scores.values()) - near
 
 
 def test_the_probe_never_sees_the_test_labels():
@@ -1541,10 +1581,10 @@ def test_the_probe_never_sees_the_test_labels():
     accuracy, l2 = evaluation.linear_probe(x, y, test_x, test_y)
     assert (accuracy, l2) == evaluation.linear_probe(x, y, test_x, test_y) == evaluation.probe(x, y, test_x, test_y)[:2]
     by_class = [evaluation.probe(x, y, test_x, torch.full_like(test_y, c)) for c in range(7)]
-    assert sum(a for a, *_ in by_class) == pytest.approx(100, abs=1e-3)     # one prediction for each row, whatever its label
-    assert len({rest for _, *rest in map(tuple, by_class) for rest in [tuple(rest)]}) == 1
-    alone = [evaluation.probe(x, y, test_x[i:i + 1], test_y[i:i + 1])[0] for i in range(50)]     # nor the other test rows
-    assert statistics.mean(alone) == pytest.approx(evaluation.probe(x, y, test_x[:50], test_y[:50])[0], abs=1e-3)
+    assert sum(a for a, *_ in by_class) == pytest.approx(100, abs=1e-3)     # one prediction a row, whatever its label
+    assert len({tuple(rest) for _, *rest in by_class}) == 1
+    alone = [evaluation.probe(x, y, test_x[i:i + 1], test_y[i:i + 1])[0] for i in range(20)]     # nor other test rows
+    assert statistics.mean(alone) == pytest.approx(evaluation.probe(x, y, test_x[:20], test_y[:20])[0], abs=1e-3)
     shuffled = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
     assert evaluation.linear_probe(x, shuffled, test_x, test_y)[0] < 25     # nothing to learn: near chance, 14
 
@@ -1553,23 +1593,22 @@ def test_the_probe_bears_scale_constant_columns_and_missing_classes():
     x, y, test_x, test_y = linear_data()
     expected = evaluation.probe(x, y, test_x, test_y)
     for value in (0.0, 0.1, 1234.5):
-        def changed(x):
-            return torch.cat([x * 100 + 7, torch.full((len(x), 2), value)], 1)
-        got = evaluation.probe(changed(x), y, changed(test_x), test_y)
+        a, b = (torch.cat([part * 100 + 7, torch.full((len(part), 2), value)], 1) for part in (x, test_x))
+        got = evaluation.probe(a, y, b, test_y)
         assert got[0] == pytest.approx(expected[0], abs=0.21) and got[1] == expected[1]
-    mostly_4 = torch.cat([y[:50], torch.full((30,), 4)])
-    assert evaluation.probe(torch.zeros(80, 3), mostly_4, torch.ones(1000, 3), test_y)[0] == pytest.approx(100 * (test_y == 4).float().mean().item())
+    mostly_4, fours = torch.cat([y[:50], torch.full((30,), 4)]), 100 * (test_y == 4).float().mean().item()
+    assert evaluation.probe(torch.zeros(80, 3), mostly_4, torch.ones(1000, 3), test_y)[0] == pytest.approx(fours)
     some, there = (y != 2) & (y != 6), (test_y != 2) & (test_y != 6)
     assert evaluation.probe(x[some], y[some], test_x[~there], test_y[~there])[0] == 0
     lonely = y % 2                                      # a class that only the held-out fifth has
     lonely[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[0]] = 5
-    assert 0 <= evaluation.probe(x, lonely, test_x, test_y % 2)[0] <= 100
+    assert evaluation.probe(x, lonely, test_x, test_y % 2)[0] > 55
     with pytest.raises(ValueError, match="at least 5"):
         evaluation.probe(x[:4], y[:4], test_x, test_y)
-    assert 0 <= evaluation.probe(x[:5], y[:5], test_x, test_y)[0] <= 100
+    assert 0 <= evaluation.probe(x[:5], y[:5], test_x, test_y)[0] < 50
     four = linear_data(rows=100, dim=300, classes=3)    # more columns than rows; and what can be told without an error
-    assert 33 < evaluation.probe(*four)[0] <= 100
-    far, test_far = (torch.cat([part, 1000 * F.one_hot(labels, 7)], 1) for part, labels in ((x, y), (test_x, test_y)))
+    assert 40 < evaluation.probe(*four)[0] < 100
+    far, test_far = (torch.cat([a, 1000 * F.one_hot(b, 7)], 1) for a, b in ((x, y), (test_x, test_y)))
     assert evaluation.probe(far, y, test_far, test_y)[0] == 100
 
 
@@ -1579,55 +1618,87 @@ def test_knn_is_the_naive_vote():
     def naive(k):
         right = 0
         for x, y in zip(test_x, test_y):
-            near = sorted(range(100), key=lambda i: -float(F.cosine_similarity(x.double(), train_x[i].double(), dim=0)))[:k]
+            cosines = F.cosine_similarity(x.double()[None], train_x.double(), dim=1).tolist()
+            near = sorted(range(100), key=lambda i: -cosines[i])[:k]
             votes = [sum(int(train_y[i]) == c for i in near) for c in range(7)]
             right += votes.index(max(votes)) == int(y)
         return pytest.approx(100 * right / 100)
     ks = [20, 1, 2, 50, 1000]
     assert evaluation.knn(train_x, train_y, test_x, test_y, k=ks) == [naive(k) for k in ks]
-    assert evaluation.knn(*four, k=ks) == [evaluation.knn(*four, k=k) for k in ks] and evaluation.knn(*four) == evaluation.knn(*four, k=20)
+    assert evaluation.knn(*four, k=ks) == [evaluation.knn(*four, k=k) for k in ks]
+    assert evaluation.knn(*four) == evaluation.knn(*four, k=20)
     x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [1.0, 0.3]])      # of equals the smaller class
     y, test = torch.tensor([3, 1, 3, 1]), torch.tensor([[2.0, 0.0]])
     assert evaluation.knn(x, y, test, torch.tensor([1]), k=[1, 2, 3, 4]) == [0, 100, 0, 100]
     assert evaluation.knn(x, y, test, torch.tensor([7])) == 0
 
 
-def test_the_table_measures_what_its_columns_say(monkeypatch):
-    run("--head mlp --predictor mlp --hidden 16 --dim 8")
-    frozen = evaluation.load_run("run")
-    (images, labels), (test_images, test_labels) = ((SETS[M][0][:n], SETS[M][1][:n]) for M, n in ((10_000, 16), (4_000, 20)))
-    (a, a_y, _), (b, b_y, _) = evaluation.load_data(frozen)
-    assert torch.equal(a, images) and torch.equal(a_y, labels) and torch.equal(b, test_images) and torch.equal(b_y, test_labels)
-    shown, a, b = [], evaluation.features(frozen, images), evaluation.features(frozen, test_images)
+def test_the_table_measures_what_its_columns_say(quick):
+    checkpoint = run("--head mlp --predictor mlp --hidden 16 --dim 8")
+    frozen, first, shown = evaluation.load_run("run"), untrained(checkpoint).f.eval(), []
+    images, labels, test_images, test_labels = (x[:n] for M, n in ((10_000, 16), (4_000, 20)) for x in SETS[M])
+    own = [x for part in evaluation.load_data(frozen) for x in part[:2]]
+    assert all(torch.equal(*pair) for pair in zip(own, (images, labels, test_images, test_labels)))
+    g, args = train.generator(0, 0, 1), frozen.args
+    x = [train.normalize(part.float() / 255) for part in (images, test_images)]
+    x += [train.augment(test_images, g, args.crop_scale, args.hue, args.grayscale) for _ in "12"]     # of both encoders
+    with torch.no_grad():
+        a, b, one, two = (evaluation.taps(frozen, each) | {"h untrained": first(each)} for each in x)
     rows = evaluation.table(frozen, ks=(3, 5), show=shown.append)
     assert [row["tap"] for row in rows] == ["h", "g[0]", "g[1]", "g[2]", "z", "p", "h untrained"] and shown == rows
     assert [row["layer"] for row in rows] == ["", "Linear", "ReLU", "Linear", "", "", ""]
-    for row in rows[:-1]:
+    close = functools.partial(pytest.approx, rel=1e-4, abs=1e-5)
+    for row in rows:
+        tap = row["tap"]
         for i, label in enumerate((" shape", " hue")):
-            four = a[row["tap"]], labels[:, i], b[row["tap"]], test_labels[:, i]
-            assert (row["linear" + label], row["l2" + label], row["held_out" + label]) == evaluation.probe(*four)
+            four = a[tap], labels[:, i], b[tap], test_labels[:, i]
+            assert (row["linear" + label], row["l2" + label], row["held_out" + label]) == close(evaluation.probe(*four))
             assert [row[f"knn{k}{label}"] for k in (3, 5)] == evaluation.knn(*four, k=[3, 5])
-        assert row["dim"] == b[row["tap"]].shape[1] and row["rank"] == projhead.effective_rank(b[row["tap"]])
-        assert row["spectrum"][0] == 1 and row["spectrum"] == sorted(row["spectrum"])[::-1] and len(row["spectrum"]) == min(20, row["dim"]).bit_length()
-    assert 0 < rows[0]["seen"] <= 100 and 1 <= rows[0]["carrying"] <= 128
-    frozen.encoder = copy.deepcopy(frozen.untrained)    # trained and untrained encoder see the same views
-    monkeypatch.setattr(evaluation, "probe", lambda *_: (0.0, 0.0, 0.0))
-    rows = evaluation.table(frozen)
-    assert rows[0]["alignment"] == rows[-1]["alignment"] > 0.01 and rows[0]["uniformity"] == rows[-1]["uniformity"]
+            fractions = row["within image"], row["within class" + label], row["between classes" + label]
+            assert fractions == close(projhead.variance_fractions(one[tap], two[tap], test_labels[:, i]))
+            assert sum(fractions) == pytest.approx(1)
+        assert row["dim"] == b[tap].shape[1] and row["rank"] == close(projhead.effective_rank(b[tap]))
+        assert row["centred rank"] == close(projhead.effective_rank(b[tap] - b[tap].mean(0)))
+        assert row["alignment"] == close(projhead.alignment(one[tap], two[tap]))
+        assert row["uniformity"] == close(projhead.uniformity(b[tap]))
+    assert rows[0]["seen"] == close(100 * projhead.seen(b["h"], projhead.first_weight(frozen.head)))
+    assert 1 <= rows[0]["carrying"] <= 128 and not any("seen" in row or "carrying" in row for row in rows[1:])
+    assert evaluation.table(frozen, ks=(3, 5), inside=False) == [rows[0], rows[4], rows[6]]        # h and z alone
+
+
+def test_measures_are_of_the_run_and_not_of_its_parameters(quick):
+    """Feature i of h times s, by the last BatchNorm, and column i of W1 over s: z is as it was, and so are they."""
+    run("--head sparse --hidden 16 --limit 40")
+    frozen, scale = evaluation.load_run("run"), 10 ** randn(128, seed=1).float()
+    bn = [m for m in frozen.encoder.modules() if isinstance(m, nn.BatchNorm2d)][-1]
+    def measured():
+        x, row = evaluation.features(frozen, SETS[4_000][0]), evaluation.table(frozen, inside=False)[0]
+        pruned = projhead.fraction_pruned(frozen.head, x["h"])
+        return x["z"], pruned, row["seen"], row["carrying"], row["rank"]
+    frozen.head[0].weight[:, ::4] = 0
+    z, *before, rank = measured()
+    with torch.no_grad():
+        bn.weight *= scale
+        bn.bias *= scale
+        frozen.head[0].weight /= scale
+    again, *after, other = measured()
+    assert torch.allclose(z, again, atol=1e-4) and abs(rank - other) > 1
+    assert after == pytest.approx(before, rel=1e-3) and before[0] >= 0.25 and before[1] < 99 and 1 < before[2] <= 96
 
 
 def test_carrying_counts_the_features_with_a_gradient():
-    run("--head linear")
+    run("--head linear"), run("--head slice --dim 9", "sliced")
     frozen, images = evaluation.load_run("run"), SETS[10_000][0][:16]
-    with torch.no_grad():
-        frozen.head[0].weight[:, 1:] = 0
-    assert evaluation.carrying(frozen, images) == 1     # the head looks at one feature
-    with torch.no_grad():
-        frozen.head[0].weight[:, 1:4] = randn(128, 3, dtype=torch.float32)
-    assert 1 < evaluation.carrying(frozen, images) <= 4
-    run("--head slice --dim 9 --sparsity 0", "sliced")
+    some = evaluation.features(frozen, images)["h"].std(0).argsort(descending=True)[:4]
+    weight = frozen.head[0].weight.clone()
+    for looked_at in (1, 4):                            # by the head
+        frozen.head[0].weight.zero_()[:, some[:looked_at]] = weight[:, some[:looked_at]]
+        counted = evaluation.carrying(frozen, images)
+        assert counted == 1 if looked_at == 1 else 1 < counted <= 4
     assert 3 < evaluation.carrying(evaluation.load_run("sliced"), images) <= 9
 
+
+# ---------------------------------------------------------------------------- what was done to an image
 
 def test_transformations_are_torchvisions_image_by_image():
     for S in (32, 9):
@@ -1649,19 +1720,21 @@ def test_transformations_are_torchvisions_image_by_image():
 def test_transform_probes_read_what_can_be_read_and_nothing_else(monkeypatch):
     """Four corners of a fixed colour each tell every transformation apart; noise tells none but gray."""
     corners = F.interpolate(randn(1, 3, 2, 2, seed=3).sigmoid() * 255, scale_factor=8)
-    noise = lambda M, seed: torch.randint(0, 256, (M, 3, 16, 16), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    sets = {"corners": lambda M, seed: (corners + noise(M, seed) / 8 - 16).clamp(0, 255).to(torch.uint8), "noise": noise}
+    def noise(M, seed):
+        return torch.randint(0, 256, (M, 3, 16, 16), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    def corner(M, seed):
+        return (corners + noise(M, seed) / 8 - 16).clamp(0, 255).to(torch.uint8)
     f = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12)).eval()
-    for data in ("corners", "noise"):
-        def load(name, root, part, size, limit=None, create=False):
-            images = sets[data](1000 if part else 600, seed=int(part))
+    head = nn.Sequential(nn.Identity(), nn.Tanh(), nn.Tanh())
+    for data, draw in (("corners", corner), ("noise", noise)):
+        def load(name, root, part, size, limit=None):
+            images = draw(1000 if part else 600, seed=int(part))
             return images, torch.full((len(images),), -1), []       # no labels
         monkeypatch.setattr(train, "read_dataset", load)
-        args = train.argparse.Namespace(dataset=data, data="", image_size=16, limit=1000, predictor="none")
-        some = train.argparse.Namespace(args=args, encoder=f, untrained=copy.deepcopy(f), head=nn.Sequential(nn.Identity(), nn.Tanh()),
-                                        predictor=nn.Identity(), images=[0, 0], path=Path("run"))
-        rows = {row["tap"]: row for row in evaluation.transform_table(some)}
-        assert list(rows) == ["h", "g[0]", "z", "h untrained", "chance"] and rows["g[0]"]["layer"] == "Identity"
+        args = argparse.Namespace(dataset=data, data="", image_size=16, limit=1000, predictor="none")
+        some = argparse.Namespace(args=args, encoder=f, untrained=copy.deepcopy(f), head=head, path=Path("run"),
+                                  predictor=nn.Identity(), images=[0, 0])
+        rows = {row["tap"]: row for row in evaluation.transform_table(some, inside=data == "corners")}
         for name in evaluation.TRANSFORMS:
             if data == "corners":
                 assert rows["h"][name] > 99, name
@@ -1669,11 +1742,13 @@ def test_transform_probes_read_what_can_be_read_and_nothing_else(monkeypatch):
                 assert abs(rows["h"][name] - rows["chance"][name]) < 8, name
         assert rows["h"] | {"tap": ""} == rows["h untrained"] | {"tap": ""}
         assert [rows["chance"][name] for name in evaluation.TRANSFORMS] == [25, 50, 50, 25]
+        assert list(rows) == ["h", *["g[1]"] * (data == "corners"), "z", "h untrained", "chance"]
+        assert data == "noise" or rows["g[1]"]["layer"] == "Tanh"
 
 
 def evaluated(words, monkeypatch, capsys):
     """What `eval.py words` prints."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *words.split()])
+    monkeypatch.setattr(sys, "argv", ["eval.py", *shlex.split(words)])
     capsys.readouterr()
     evaluation.main()
     return capsys.readouterr().out
@@ -1681,104 +1756,253 @@ def evaluated(words, monkeypatch, capsys):
 
 def cells(out):
     """The rows of a printed table, as dicts."""
-    header, _, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in out.splitlines() if line.startswith("|")]
-    return [dict(zip(header, row)) for row in rows]
+    lines = [[cell.strip() for cell in line[1:-1].split(" |")] for line in out.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+    return [dict(zip(lines[0], (cell.strip("`") for cell in line))) for line in lines[2:]]
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"[-+]?\d+\.?\d*", text)]
 
 
 def test_transform_probes_from_the_command_line_without_labels(monkeypatch, capsys):
     pictures("flat", 30, classes=[""])
-    run("--dataset folder --data flat --image-size 16 --encoder convnet --limit 6 --batch-size 4 --predictor mlp --hidden 8 --dim 8")
+    run(SMALL + "flat --image-size 16 --limit 6 --batch-size 4 --depth 1")
     seen, features = set(), evaluation.features
-    monkeypatch.setattr(evaluation, "features", lambda run, images, view: seen.add(len(images)) or features(run, images, view))
-    monkeypatch.setattr(evaluation, "PROBED", 5)
+    def recorded(run, images, view):
+        seen.add(len(images))
+        return features(run, images, view)
+    for name, value in (("features", recorded), ("PROBED", 5), ("L2", (0.1,))):
+        monkeypatch.setattr(evaluation, name, value)
     tests = len(train.load_dataset("folder", "flat", train=False)[0])
     rows = json.loads(evaluated("run --probe transform --json", monkeypatch, capsys))["rows"]
     assert seen == {5, min(5, tests)} and [row["tap"] for row in rows][-2:] == ["h untrained", "chance"]
     lines = cells(evaluated("run --probe transform", monkeypatch, capsys))
-    assert [line["tap"] for line in lines] == [row["tap"] for row in rows] and list(lines[-1].values())[-4:] == ["25.0", "50.0", "50.0", "25.0"]
-    assert all(float(line[name]) == pytest.approx(row[name], abs=0.051) for line, row in zip(lines, rows) for name in evaluation.TRANSFORMS)
+    assert [line["tap"] for line in lines] == [row["tap"] for row in rows]
+    assert list(lines[-1].values())[-4:] == ["25.0", "50.0", "50.0", "25.0"]
+    assert all(numbers(line[name]) == pytest.approx([row[name]], abs=0.051)
+               for line, row in zip(lines, rows) for name in evaluation.TRANSFORMS)
 
 
-def test_many_runs_are_one_table(monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "probe", lambda x, y, *_: (x.std().item() * y[0].item(), 0.1, 50.0))        # quick
-    for name, flags in (("b", "--head mlp --seed 1"), ("a", "--head mlp --seed 0"), ("c", "--head none"), ("d", "--predictor offdiag --seed 2")):
+# ---------------------------------------------------------------------------- tables
+
+def test_many_runs_are_one_table(quick, monkeypatch, capsys):
+    for name, flags in (("b", "--head mlp --seed 1"), ("a", "--head mlp --seed 0"), ("c", "--head none"),
+                        ("d", "--predictor offdiag --seed 2")):
         run(flags, name)
-    rows = {name: {row["tap"]: row for row in json.loads(evaluated(f"{name} --json", monkeypatch, capsys))["rows"]} for name in "abcd"}
-    def pair(text):
-        return [float(number) for number in re.findall(r"-?\d+\.?\d*", text)]
-    lines = cells(evaluated("d a c b", monkeypatch, capsys))                # as given, seeds together
-    assert [re.sub("[`]", "", line["flags"]) for line in lines] == ["untrained", "--predictor offdiag", "--head mlp", "--head none"]
-    assert [line["n"] for line in lines] == ["3", "1", "2", "1"]            # the untrained encoder of seed 0 once, though two runs start there
-    for key in ("linear shape", "linear hue", "rank"):
-        for tap in "hz":
-            values = [rows[name][tap][key] for name in "ab"]
-            assert pair(lines[2][f"{key} {tap}"]) == pytest.approx([statistics.mean(values), statistics.stdev(values)], abs=0.051), key
-            assert tap == "z" or pair(lines[3][f"{key} {tap}"]) == pytest.approx([rows["c"][tap][key]], abs=0.051)
-        values = [rows[name]["h untrained"][key] for name in "abd"]
-        assert pair(lines[0][f"{key} h"]) == pytest.approx([statistics.mean(values), statistics.stdev(values)], abs=0.051)
-    assert pair(lines[1]["offdiag"]) == pytest.approx([log_of("d")[-1]["offdiag"]], abs=0.051) and lines[3]["linear shape z"] == ""
+    def printed(words):
+        return evaluated(words, monkeypatch, capsys)
+    lines = [json.loads(line) for line in printed("a b c d --json").splitlines()]
+    assert [line["run"] for line in lines] == list("abcd") and all(line["step"] == 4 for line in lines)
+    assert [line["args"] for line in lines] == [saved(name)["args"] for name in "abcd"]
+    rows = {line["run"]: {row["tap"]: row for row in line["rows"]} for line in lines}
+    def of(key, tap, *runs):                            # mean and standard deviation
+        values = [rows[name][tap][key] for name in runs]
+        return [statistics.mean(values), *([statistics.stdev(values)] if len(runs) > 1 else [])]
+    out = printed("d a c b")                            # as given, seeds together
+    shared = out.splitlines()[0].removeprefix("all: ")
+    assert sorted(re.findall(r"--\S+ \S+", shared)) == [
+        "--batch-size 8", "--encoder convnet128", "--epochs 2", "--limit 16", "--precision float32"]
+    lines = cells(out)
+    names = ["untrained convnet128", "--predictor offdiag", "--head mlp", "--head none"]
+    assert [line["flags"] for line in lines] == names
+    assert [line["n"] for line in lines] == ["3", "1", "2", "1"]        # the untrained encoder of seed 0 once
+    for key in ("linear shape", "linear hue", "knn200 hue", "rank"):
+        for tap in "h" if "knn" in key else "hz":
+            assert numbers(lines[2][f"{key} {tap}"]) == pytest.approx(of(key, tap, "a", "b"), abs=0.051), key
+            expected = of(key, tap, "c") if tap == "h" else []
+            assert numbers(lines[3][f"{key} {tap}"]) == pytest.approx(expected, abs=0.051)
+        assert numbers(lines[0][f"{key} h"]) == pytest.approx(of(key, "h untrained", "a", "b", "d"), abs=0.051)
+    assert numbers(lines[1]["offdiag h"]) == pytest.approx([log_of("d")[-1]["offdiag"]], abs=0.051)
+    assert numbers(lines[2]["carrying h"]) == pytest.approx(of("carrying", "h", "a", "b"), abs=0.051)
+    assert lines[3]["carrying h"] == lines[0]["carrying h"] == lines[2]["offdiag h"] == ""
+    assert not {"knn200 hue z", "held_out hue z", "linear hue p", "knn20 hue h"} & lines[0].keys()
+    taps = [line for line in cells(printed("a b c --taps")) if "mlp" in line["flags"]]
+    assert [line["tap"] + line["layer"] for line in taps] == ["h", "g[0]Linear", "g[1]ReLU", "z", "h untrained"]
+    assert numbers(taps[3]["rank"]) == pytest.approx(of("rank", "z", "a", "b"), abs=0.051)
+    lines = cells(printed("a b --columns alignment 'centred rank' within"))
+    assert list(lines[0]) == ["flags", "n"] + [f"{key} {tap}" for key in (
+        "centred rank", "alignment", "within image", "within class shape", "within class hue") for tap in "hz"]
+    assert numbers(lines[1]["within class hue z"]) == pytest.approx(of("within class hue", "z", "a", "b"), abs=0.0051)
     run("--head none --limit 8", "few")                 # its probes see fewer images: no mean over both
-    assert [line["flags"] for line in cells(evaluated("a few", monkeypatch, capsys))][:2] == ["untrained convnet, 16 images", "untrained convnet, 8 images"]
-    raw = cells(evaluated("b a c --raw", monkeypatch, capsys))
-    assert pair(raw[1]["rank h"]) == pytest.approx([rows[name]["h"]["rank"] for name in "ba"], abs=0.051)
-    assert pair(raw[1]["carrying"]) == pytest.approx([rows[name]["h"]["carrying"] for name in "ba"], abs=0.051) and raw[2]["carrying"] == ""
-    taps = cells(evaluated("a b c --taps", monkeypatch, capsys))
-    assert [line["tap"] for line in taps] == ["h", "g[0]", "g[1]", "z", "h untrained", "h", "h untrained"]
-    assert pair(taps[3]["alignment"]) == pytest.approx([f([rows[n]["z"]["alignment"] for n in "ab"]) for f in (statistics.mean, statistics.stdev)], abs=0.0051)
+    lines = cells(printed("a few"))
+    assert [line["flags"] for line in lines][:2] == [f"untrained convnet128, {M} images" for M in (16, 8)]
+    assert numbers(lines[0]["rank h"]) == pytest.approx(of("rank", "h untrained", "a"), abs=0.051)
+
+
+def test_columns_of_one_run(quick, monkeypatch, capsys):
+    run("--head linear", "runs/new"), run("--head none", "runs/old")
+    os.utime("runs/old/checkpoint.pt", (0, 0))
+    def printed(words=""):
+        return evaluated(words, monkeypatch, capsys)
+    out, again = printed(), printed("runs/new/checkpoint.pt")           # the newest run is the default
+    assert out == again and out.startswith("runs/new, step 4 of 4;")
+    rows = json.loads(printed("--json"))["rows"]
+    usual = ["linear shape", "knn20 shape", "linear hue", "knn20 hue", "rank", "within image", "within class shape",
+             "between classes shape", "within class hue", "between classes hue"]
+    for words, keys in (("", usual), ("--columns knn200 rank", ["knn200 shape", "knn200 hue", "rank"]),
+                        ("--columns seen 'knn200 hue'", ["knn200 hue", "seen"])):
+        lines = cells(printed(words))
+        assert [line["tap"] for line in lines] == [row["tap"] for row in rows] == ["h", "z", "h untrained"]
+        assert list(lines[0]) == ["tap", "layer", "dim", *keys]
+        for line, row in zip(lines, rows):
+            assert all(numbers(line[key]) == pytest.approx([row[key]] if key in row else [], abs=0.051) for key in keys)
+    one_line_error(lambda: printed("--columns rank l"), capsys, "no column l;", "centred rank")
+
+
+def student(t, df):
+    """The probability of a |t| below t, by the trapezoidal rule."""
+    x = torch.linspace(0, t, 20_001, dtype=double)
+    scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+    return 2 * torch.trapezoid(scale * (1 + x ** 2 / df) ** (-(df + 1) / 2), x).item()
+
+
+def test_differences_are_paired_by_seed(monkeypatch, capsys):
+    assert [student(t, df) for df, t in enumerate(evaluation.T95, 1)] == pytest.approx([0.95] * 9, abs=1e-3)
+    h = {"--head mlp": {0: 50.0, 1: 60, 2: 71, 7: 99}, "--head linear": {2: 70.0, 0: 49, 1: 61, 5: 0},
+         "--head none": {1: 50.0, 2: 71}, "--predictor mlp": {2: 72.0, 3: 1}, "--predictor offdiag": {8: 10.0, 9: 20}}
+    def measured(run, question):
+        name = next(name for name in h if name in f"--head {run.args.head} --predictor {run.args.predictor}".replace(
+            "--head mlp --predictor none", "--head mlp").replace("--head mlp --predictor", "--predictor"))
+        value = h[name][run.args.seed]
+        row = {"tap": "h", "layer": "", "dim": 4, "linear": value}
+        head = [] if name == "--head none" else [row | {"tap": "z", "linear": 2 * value}]
+        return [row, *head, row | {"tap": "h untrained", "linear": 5.0 + run.args.seed}]
+    monkeypatch.setattr(evaluation, "measured", measured)
+    runs = [argparse.Namespace(args=parsed(f"{name} --seed {seed}"), path=Path("none"), step=8, steps=8, images=[9, 9])
+            for name, seeds in h.items() for seed in seeds]
+    def printed(against, taps=False):
+        evaluation.many_table(runs, {"ks": [20], "dataset": None}, None, taps, against)
+        lines = cells(capsys.readouterr().out)
+        return {line["flags"] + (" " + line["tap"] if taps else ""): line for line in lines}
+    lines = printed("--head mlp")
+    assert list(lines) == ["untrained convnet128", *h]
+    assert [line["n"] for line in lines.values()] == ["4", "4", "3", "2", "1", "0"]
+    def naive(a, b, t):
+        d = [a[seed] - b[seed] for seed in a if seed in b]
+        mean = sum(d) / len(d)
+        return [mean, t * math.sqrt(sum((x - mean) ** 2 for x in d) / (len(d) - 1) / len(d))]
+    mlp = h["--head mlp"]
+    assert numbers(lines["--head mlp"]["linear h"]) == pytest.approx([70, statistics.stdev(mlp.values())], abs=0.051)
+    assert lines["--head linear"]["linear h"] == "-0.3±2.9"
+    for name, t in (("--head linear", 4.30), ("--head none", 12.71)):
+        assert numbers(lines[name]["linear h"]) == pytest.approx(naive(h[name], mlp, t), abs=0.06)
+    start = {seed: 5.0 + seed for seed in (0, 1, 2, 7)}
+    assert numbers(lines["untrained convnet128"]["linear h"]) == pytest.approx(naive(start, mlp, 3.18), abs=0.1)
+    assert lines["--predictor mlp"]["linear h"] == "+1.0" and lines["--predictor offdiag"]["linear h"] == ""
+    assert lines["--head linear"]["linear z"] == "-0.7±5.7" and lines["--head none"]["linear z"] == ""
+    taps = printed("--head mlp", taps=True)
+    assert taps["--head linear z"]["linear"] == "-0.7±5.7"
+    assert taps["--head mlp z"]["linear"] == lines["--head mlp"]["linear z"]
+    assert evaluation.cell("linear", [*range(12)], True) == "+5.5±2.4"      # 2.26 * 3.6 / 12 ** 0.5
+    plain = printed(None)
+    assert plain["--head linear"]["linear h"] == "45.0±31.2" and plain["--head linear"]["n"] == "4"
+    one_line_error(lambda: printed("--head mpl"), capsys, "no row '--head mpl'", "'--head none'")
 
 
 def test_what_was_measured_is_kept_beside_the_checkpoint(monkeypatch, capsys):
-    run("--head linear --epochs 3")
+    run("--head linear --epochs 3"), shutil.copytree("run", "more")
     calls = []
-    def table(run, ks, *where):
-        calls.append(where)
-        row = {"tap": "h", "layer": "", "dim": 3, f"knn{ks[0]}": 100 * run.encoder[0].weight.sigmoid().mean().item(), "rank": math.nan}
-        where[-1](row)
-        return [row]
+    def table(run, ks, dataset, data, inside, show):
+        calls.append((dataset, data, inside))
+        weight = 100 * run.encoder[0].weight.sigmoid().mean().item()
+        row = {"tap": "h", "layer": "", "dim": 3, f"knn{ks[0]}": weight, "rank": math.nan}
+        rows = [row, *[row | {"tap": "g[0]"}] * inside, row | {"tap": "z"}]
+        for row in rows:
+            show(row)
+        return rows
     monkeypatch.setattr(evaluation, "table", table)
     def text(words="run"):
         return evaluated(words, monkeypatch, capsys)
     first = text()
-    assert text() == first and len(calls) == 1 and cells(first)[0]["rank"] == "nan"
+    assert text() == first and len(calls) == 1 and cells(first)[0]["rank"] == "nan" and "g[0]" in first
     other = text("run --k 3")                           # another question is measured, and kept as well
     assert "knn3 " in other and text("run --k 3") == other and text() == first and len(calls) == 2
-    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    both = text("run more")                             # what has all taps has h and z too
+    assert len(calls) == 3 and calls[-1][-1] is False and text("run more") == both and len(calls) == 3
+    assert "g[0]" in text("more run --taps") and len(calls) == 4 and calls[-1][-1] is True
+    assert text("run more") == both and len(calls) == 4
+    old, checkpoint = evaluation.load_run("run"), saved()
     checkpoint["encoder"]["0.weight"] += 1
-    train.save(Path("run/checkpoint.pt"), checkpoint)   # another checkpoint
+    torch.save(checkpoint, "run/checkpoint.pt")         # another checkpoint
     changed = text()
-    assert changed != first and len(calls) == 3
-    for junk in ("", "[]", "null", '{"results": 3}', '{"checkpoint": 1, "results": []}', "{" * 5000, "\udcff"):
-        Path("run/eval.json").write_bytes(junk.encode(errors="surrogateescape"))
+    assert changed != first and len(calls) == 5
+    evaluation.measured(old, {"probe": "labels", "ks": [20, 200], "dataset": None, "data": None, "inside": True})
+    assert text() == changed and len(calls) == 7        # what was read before it is not kept in its name
+    crc, calls[:] = zlib.crc32(Path("run/checkpoint.pt").read_bytes()), []
+    pairs = (1, {}), (str(crc), {}), (crc, 3), (crc, "text"), (crc, None), (crc, [1]), (crc, {"other": []})
+    junk = ["", "[]", "null", "{", '{"results": 3}', "\udcff"]
+    junk += [json.dumps({"checkpoint": number, "results": results}) for number, results in pairs]
+    for each in junk:
+        Path("run/eval.json").write_bytes(each.encode(errors="surrogateescape"))
         assert text() == changed
-    assert len(calls) == 10
-    assert text("run --json").count('"rank": null') == 1 and len(calls) == 10
-    text("run --dataset cifar10 --data there")          # the same question of other data
-    assert calls[-1][:2] == ("cifar10", os.path.abspath("there"))
-    run("--head linear --epochs 3")                     # a finished run that holds it is still one of ours
+    assert len(calls) == len(junk) and text() == changed and len(calls) == len(junk)
+    row = json.loads(text("run --json"), parse_constant=lambda word: pytest.fail(word))["rows"][0]
+    assert row["rank"] is None and len(calls) == len(junk)
+    text("run --dataset cifar10 --data there"), text("run --dataset cifar10 --data there")
+    assert calls[len(junk):] == [("cifar10", os.path.abspath("there"), True)]       # the same question of other data
+    text("run --dataset folder --data there"), text("run --dataset folder --data there")
+    assert len(calls) == len(junk) + 3                  # a folder's images may have changed: always anew
+    run("--head linear --epochs 3", "more")             # a finished run that holds it is still one of ours
+    Path("run/eval.json").unlink(), Path("run/eval.json").mkdir()
+    code, error = evaluates(monkeypatch, capsys, "run")
+    assert code == 0 and error.startswith("not kept: cannot write run/eval.json")
+
+
+def test_the_untrained_encoder_is_measured_once_for_a_seed_and_its_data(quick, monkeypatch):
+    for name, flags in {"a": "--head mlp", "b": "--head none --epochs 1", "seed": "--seed 1", "few": "--limit 12",
+                        "hue": "--hue 0.1"}.items():
+        run(flags, name)
+    monkeypatch.setattr(evaluation, "carrying", lambda *_: 1.0)
+    def last(name, ks=(3,)):
+        return evaluation.table(evaluation.load_run(name), ks=ks, inside=False)[-1]
+    names = "a", "b", "seed", "few", "hue"
+    together = {name: last(name) for name in names} | {"ks": last("a", ks=(3, 5))}
+    assert len(evaluation.UNTRAINED) == 5               # of a and b it is one
+    images, labels = SETS[10_000]
+    other = {"labels": (images, 1 + labels), "images": (images.flip(2), labels)}
+    for name, changed in other.items():                 # one of both is another
+        monkeypatch.setitem(SETS, 10_000, changed)
+        together[name] = last("a")
+    for name, row in together.items():
+        monkeypatch.setitem(SETS, 10_000, other.get(name, (images, labels)))
+        monkeypatch.setattr(evaluation, "UNTRAINED", {})
+        assert last(name if name in names else "a", (3, 5) if name == "ks" else (3,)) == row, name
+        assert row["tap"] == "h untrained" and (row == together["a"]) == (name in "ab"), name
 
 
 def test_transfer_to_a_folder_of_pictures(monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "L2", (0.1,))
     run("--head linear --dim 8")
     pictures("pictures", 60, size=(50, 40))
     before = files()
-    rows = json.loads(evaluated("run --dataset folder --data pictures --json", monkeypatch, capsys))["rows"]
-    assert [row["tap"] for row in rows] == ["h", "z", "h untrained"] and rows[0]["linear"] == 100        # red and blue
-    assert rows[0]["linear"] != json.loads(evaluated("run --json", monkeypatch, capsys))["rows"][0].get("linear")
-    assert {f for f in files() if f not in before} == {Path("run/eval.json")} and not train.CACHE.exists()      # which alone is written
-    images, labels, classes = evaluation.load_data(evaluation.load_run("run"), "folder", "pictures")[0]
-    assert images.shape[1:] == (3, 32, 32) and labels.shape == (len(images), 1) and classes == ["a", "b"] and len(images) > 16
-    asked = "run", "--dataset", "folder"                # without --data: ./data
-    code, error = evaluates(monkeypatch, capsys, *asked)
+    asked = "run --dataset folder --data pictures --json"
+    rows = json.loads(evaluated(asked, monkeypatch, capsys))["rows"]
+    assert [row["tap"] for row in rows] == ["h", "z", "h untrained"] and rows[0]["linear"] == 100       # red and blue
+    assert {f for f in files() if f not in before} == {Path("run/eval.json")}
+    (images, labels, classes), (tests, *_) = evaluation.load_data(evaluation.load_run("run"), "folder", "pictures")
+    assert images.shape[1:] == (3, 32, 32) and labels.shape == (len(images), 1) and classes == ["a", "b"]
+    assert 16 < len(images) < 60 and len(images) + len(tests) == 60     # not the run's --limit
+    code, error = evaluates(monkeypatch, capsys, "run", "--dataset", "folder")      # without --data: ./data
     assert code == 2 and error.startswith("error: no folder data")
     seen = []
     for M in (40, 60):
         pictures("data", M)                             # more in the same place
-        seen.append(evaluated(" ".join(asked), monkeypatch, capsys))
+        seen.append(evaluated("run --dataset folder", monkeypatch, capsys))
     assert seen[0] != seen[1]
-    run("--dataset folder --data pictures --image-size 16 --encoder convnet --head linear --epochs 1", "other")
+    run(SMALL + "pictures --image-size 16 --epochs 1", "other")
     code, error = evaluates(monkeypatch, capsys, "run", "other")
     assert code == 2 and "folder and shapes" in error
+    Path("pictures").rename("moved")                    # data that moved
+    code, error = evaluates(monkeypatch, capsys, "other")
+    assert code == 2 and f"no folder {Path('pictures').absolute()}" in error
+    assert evaluates(monkeypatch, capsys, "other", "--data", "moved") == (0, "")
+    shutil.rmtree("data/a")
+    code, error = evaluates(monkeypatch, capsys, "other", "--data", "data")
+    assert code == 0 and "other images" in error
 
+
+# ---------------------------------------------------------------------------- pictures
 
 def sheet_of(path):
     from PIL import Image
@@ -1808,15 +2032,18 @@ def test_neighbors_are_drawn_in_their_places(head, limit, monkeypatch, capsys):
     evaluated("drawn --neighbors out.png", monkeypatch, capsys)
     assert {f: data for f, data in files().items() if f.name != "out.png"} == before
     sheet, frozen = packed(sheet_of("out.png")), evaluation.load_run("drawn")
-    (images, labels), (test_images, test_labels) = ((SETS[M][0], SETS[M][1]) for M in (10_000, 4_000))
+    (images, labels), (test_images, test_labels) = SETS[10_000], SETS[4_000]
     a, b = evaluation.features(frozen, images[:limit]), evaluation.features(frozen, test_images)
-    for i in range(8):
-        (top, left), = places(sheet, test_images[i])
+    corners = [places(sheet, image) for image in test_images[:8]]
+    assert all(len(corner) == 1 for corner in corners) and corners == sorted(corners)
+    for i in (0, 3, 7):
+        (top, left), = corners[i]
         for tap in ("h",) if head == "none" else ("h", "z"):
             cosine = F.normalize(a[tap], dim=1) @ F.normalize(b[tap][i], dim=0)
             near, x = cosine.topk(min(8, limit)).indices.tolist(), left
             for rank, j in enumerate(near):             # in one row, the nearest at the left
-                found = [(y, x_) for y, x_ in places(sheet, images[j]) if x_ > x and (y == top if tap == "h" or rank else y > top)]
+                found = [(y, x_) for y, x_ in places(sheet, images[j])
+                         if x_ > x and (y == top if tap == "h" or rank else y > top)]
                 assert found, (i, tap, j)
                 top, x = found[0]
                 framed = (sheet[top - 3:top, x:x + 96] == 128 * 256).all().item()           # green
@@ -1824,46 +2051,103 @@ def test_neighbors_are_drawn_in_their_places(head, limit, monkeypatch, capsys):
 
 
 def test_views_are_drawn_beside_their_images(monkeypatch, capsys):
-    run("--head none")
+    run("--head none --seed 3")
     before = set(files())
     evaluated("run --views views.png", monkeypatch, capsys)
-    sheet, column = sheet_of("views.png"), set()
+    sheet, column, images = sheet_of("views.png"), set(), SETS[10_000][0][:8]
     assert set(files()) - before == {Path("views.png")}
-    for image in SETS[10_000][0][:8]:
+    (mean, std), g = torch.tensor([train.MEAN, train.STD])[..., None, None], train.generator(3, 0, 1)
+    views = [train.augment(images, g, 0.5, 0.5, 0.1) * std + mean for _ in range(8)]        # as in training
+    for i, image in enumerate(images):
         (y, x), = places(packed(sheet), image)
         column.add(x)
-        views = [sheet[:, y:y + 96, x + 106 * k:x + 106 * k + 96].float() for k in range(1, 9)]
-        assert all(torch.equal(v, v[:, ::3, ::3].repeat_interleave(3, 1).repeat_interleave(3, 2)) for v in views)
-        assert torch.pdist(torch.stack(views).flatten(1)).min() > 50
+        drawn = [sheet[:, y:y + 96, x + 106 * k:x + 106 * k + 96].float() for k in range(1, 9)]
+        assert all(torch.equal(v, v[:, ::3, ::3].repeat_interleave(3, 1).repeat_interleave(3, 2)) for v in drawn)
+        assert all((v[:, ::3, ::3] - 255 * view[i]).abs().max() < 1 for v, view in zip(drawn, views))
+        assert torch.pdist(torch.stack(drawn).flatten(1)).min() > 50
     assert len(column) == 1
 
 
-def test_pictures_have_words_and_a_size(monkeypatch, capsys):
+def test_pictures_have_words_and_a_size():
     image = SETS[10_000][0][0]
-    for S, times in ((32, 3), (96, 1), (50, 2), (8, 12)):
+    for S, times in ((32, 3), (96, 1), (50, 2)):
         tile = F.interpolate(image[None], (S, S))[0]
-        evaluation.picture([("row", [(tile, "a caption"), (None, ""), (tile, "x" * 300, "red")]), ("", []), ("", [(tile, "ä\n%s")])], "p.png", "title")
+        first = [(tile, "a caption"), (None, ""), (tile, "x" * 300, "red")]
+        evaluation.picture([("row", first), ("", []), ("", [(tile, "ä\n%s")])], "p.png", "title")
         sheet = sheet_of("p.png")
         found = places(packed(sheet), tile, times)
         assert len(found) == 3 and found[0][0] == found[1][0] < found[2][0] and found[0][1] == found[2][1] < found[1][1]
-        y, x = found[0]
-        assert (sheet[:, :y - 8] < 128).any() and (sheet[:, y + S * times:y + S * times + 20, x:x + S * times] < 128).any()      # title and caption
+        (y, x), size = found[0], S * times
+        assert (sheet[:, :y - 8] < 128).any()                                       # the title
+        assert (sheet[:, y + size:y + size + 20, x:x + size] < 128).any()           # the caption
+        assert (sheet[:, y:y + size, 12:x - 6] < 128).any()                         # the row's label
     evaluation.picture([], "empty.png")
+    assert sheet_of("empty.png").min() == 255
 
 
-@pytest.mark.parametrize("count", [0, 1, 20])
-def test_curves_are_drawn_of_any_number_of_epochs(count, monkeypatch, capsys):
-    lines = [{"epoch": e + 1, "loss": 2 - e / 20, "rank_h": 5.0 + e, "rank_z": None if e == 3 else math.nan if e == 4 else 3.0} for e in range(count)]
-    with_e = [line | {"offdiag": 0.0, "loss": 10**400 if line["epoch"] == 2 else line["loss"]} for line in lines]
-    evaluation.curves([("one", lines)], "one.png")
-    evaluation.curves([("one", lines), ("a name of " + 200 * "x", with_e), ("nothing", [])], "three.png")
-    blue = (sheet_of("one.png") == torch.tensor([0x1f, 0x77, 0xb4], dtype=torch.uint8)[:, None, None]).all(0).sum()
-    assert blue > (40 if count < 2 else 500)            # the legend at least
-    run("--head none", "a")
-    log = Path("a/metrics.jsonl").read_text().splitlines()
-    Path("a/metrics.jsonl").write_text("\n".join(log[:1 + min(count, 2)] + ["{broken"]))
-    evaluated("a --curves out.png", monkeypatch, capsys)
-    assert sheet_of("out.png").shape[0] == 3
+# ---------------------------------------------------------------------------- eval.py and what it cannot do
+
+EVAL_BAD = """
+                                  | nowhere                             | empty
+broken                            | run broken                          | run --device cuda:99
+run --k 0                         | run --wrong                         | run --probe colour
+run --probe transform --k 20      | tiny --probe transform              | run --probe transform --columns rank
+run --neighbors run/checkpoint.pt | run --neighbors empty               | run --neighbors run/checkpoint.pt/a.png
+run --neighbors a.nonsense        | run --neighbors a.png --json        | run --neighbors a.png --probe transform
+run --neighbors a.png --k 3       | run --neighbors a.png --columns rank| run tiny --neighbors a.png --taps
+run tiny --views a.png            | run --views a.png --neighbors b.png | run --views a.png --dataset cifar10
+run run                           | run tiny run/checkpoint.pt          | run --columns nothing
+run --dataset shapes --data x     | run --dataset folder --data nowhere | run --dataset cifar10 --data nowhere
+run --data x                      | run --taps                          | run --against "--head mlp"
+run tiny --taps --json            | run --json --columns rank           | run tiny --json --against "--head mlp"
+"""
+
+
+def test_eval_refuses_in_one_line(quick, monkeypatch, capsys):
+    Path("empty").mkdir(), Path("broken").mkdir()
+    Path("broken/checkpoint.pt").write_bytes(b"junk")
+    run("--head mlp"), run("--head mlp --limit 4 --batch-size 4", "tiny")
+    before = files()
+    for words in (words.strip() for line in EVAL_BAD.strip("\n").splitlines() for words in line.split("|")):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *shlex.split(words)])
+        one_line_error(evaluation.main, capsys)
+        assert files() == before, words
+
+
+@pytest.mark.parametrize("place, unknown", [("test/c", 5), ("test", 9), ("test/images", 9)])
+def test_test_images_without_a_label_are_counted(place, unknown, quick, monkeypatch, capsys):
+    """One class of the test part is misspelt, or none has a name, as in Tiny-ImageNet."""
+    pictures("p/train", 20), pictures("q", 9)
+    for name in "ab":
+        Path("p/train", name, "images").mkdir()
+        for file in Path("p/train", name).glob("*.png"):
+            file.rename(file.parent / "images" / file.name)
+    Path("p", place).mkdir(parents=True)
+    for file in Path("q").glob("*/*.png"):
+        aside = unknown == 9 or file.parent.name == "a"
+        target = Path("p", place, file.name) if aside else Path("p/test/b", file.name)
+        target.parent.mkdir(parents=True, exist_ok=True), file.rename(target)
+    run(SMALL + "p --image-size 16")
+    code, error = evaluates(monkeypatch, capsys, "run")
+    assert code == 0 and error.startswith(f"{unknown} of 9 test images have no label")
+    assert error.count("\n") == (2 if unknown == 9 else 1)      # and that there are no accuracies
+    assert all(test_y.tolist() == [1] * 4 and len(test_x) == 4 for _, _, test_x, test_y in quick)
+    assert len(quick) == (0 if unknown == 9 else 5)             # h, two layers, z, and the untrained h
+
+
+def test_measures_of_nothing(quick, monkeypatch, capsys):
+    gray = torch.full((40, 3, 32, 32), 99, dtype=torch.uint8), SETS[10_000][1]
+    one = {10_000: SETS[10_000], 4_000: [x[:1] for x in SETS[4_000]]}
+    for name, key, sets in (("same", "seen", {10_000: gray, 4_000: gray}), ("one", "uniformity", one)):
+        monkeypatch.setattr(train, "draw_shapes", lambda M, seed: sets[M])
+        for seed in "01":
+            run(f"--head mlp --seed {seed}", name + seed)
+        text = evaluated(f"{name}0 --json", monkeypatch, capsys)
+        row = json.loads(text, parse_constant=lambda word: pytest.fail(word))["rows"][0]
+        assert row["tap"] == "h" and row[key] is None
+        for words in ("", "--taps"):                    # the undefined value of two seeds has no mean
+            lines = cells(evaluated(f"{name}0 {name}1 --columns '{key}' {words}", monkeypatch, capsys))
+            assert any("nan±nan" in line.values() for line in lines)
 
 
 # ---------------------------------------------------------------------------- data, files and flags
@@ -2123,26 +2407,6 @@ def test_random_values_for_every_flag_are_taken_or_refused_in_one_line(capsys):
     assert sorted(Path(".").rglob("*")) == before
 
 
-EVAL_BAD = """
-                                      | nowhere                                | empty                                  | broken
-run --device cuda:99                  | run --k 0                              | run --wrong                            | run --probe colour
-run --probe transform --k 20          | tiny --probe transform                 | run --neighbors no/where.png           | run --neighbors empty
-run --neighbors run/checkpoint.pt     | run --neighbors a.png --json           | run --neighbors a.png --probe transform| run --views a.png --dataset cifar10
-run run --neighbors a.png             | run --views a.png --neighbors b.png    | run --curves a.nonsense                | run --dataset shapes --data x
-run --dataset folder --data nowhere   | run --dataset cifar10 --data nowhere   | run run --taps --json                  | run broken
-"""
-
-
-def test_eval_refuses_in_one_line(monkeypatch, capsys):
-    Path("empty").mkdir(), Path("broken").mkdir()
-    Path("broken/checkpoint.pt").write_bytes(b"junk")
-    run("--head mlp"), run("--head mlp --limit 4 --batch-size 4", "tiny")
-    before = files()
-    for words in (words.strip() for line in EVAL_BAD.strip("\n").splitlines() for words in line.split("|")):
-        monkeypatch.setattr(sys, "argv", ["eval.py", *words.split()])
-        one_line_error(evaluation.main, capsys)
-        assert files() == before, words
-
 # ---------------------------------------------------------------------------- checkpoints and folders that are not ours
 
 class Bomb:
@@ -2162,9 +2426,8 @@ def test_files_that_are_no_checkpoints(monkeypatch, capsys):
             "code in args": lambda: part("args", "lr", Bomb()), "a list": lambda: torch.save([1, 2], path),
             "code among tensors": lambda: part("encoder", "0.weight", Bomb()),
             "other keys": lambda: torch.save({"model": checkpoint["encoder"]}, path),
-            "no images": lambda: torch.save({k: v for k, v in checkpoint.items() if k != "images"}, path),
-            "no head": lambda: torch.save({k: v for k, v in checkpoint.items() if k != "head"}, path),
-            "no arguments": lambda: put(args={}), "no step": lambda: put(step="x"),
+            **{f"no {key}": lambda key=key: torch.save({k: v for k, v in checkpoint.items() if k != key}, path)
+               for key in ("images", "step", "head")}, "no arguments": lambda: put(args={}),
             "another shape": lambda: part("head", "0.weight", torch.ones(3, 3)),
             "another layer": lambda: part("encoder", "99.bias", torch.ones(3)),
             "cut": lambda: path.write_bytes(whole[:99_999]), "cut at the end": lambda: path.write_bytes(whole[:-1]),
@@ -2199,46 +2462,6 @@ def test_names_that_are_not_text(monkeypatch, capsys):
     Path("p/a").rename(os.fsdecode(b"p/a\xff"))
     assert ends(lambda: run(SMALL + "p --limit 8", "named"), capsys) == (0, "")
     assert evaluates(monkeypatch, capsys, "named", "--neighbors", "x.png") == (0, "")
-
-
-# ---------------------------------------------------------------------------- eval.py on odd data
-
-@pytest.mark.parametrize("place, unknown", [("test/c", 5), ("test", 9), ("test/images", 9)])
-def test_test_images_without_a_label_are_counted(place, unknown, monkeypatch, capsys):
-    """One class of the test part is misspelt, or none has a name, as in Tiny-ImageNet."""
-    pictures("p/train", 20), pictures("q", 9)
-    for name in "ab":
-        (Path("p/train") / name / "images").mkdir()
-        for file in (Path("p/train") / name).glob("*.png"):
-            file.rename(file.parent / "images" / file.name)
-    Path("p", place).mkdir(parents=True)
-    for file in Path("q").glob("*/*.png"):
-        aside = unknown == 9 or file.parent.name == "a"
-        target = Path("p", place, file.name) if aside else Path("p/test/b", file.name)
-        target.parent.mkdir(parents=True, exist_ok=True), file.rename(target)
-    run(SMALL + "p --image-size 16")
-    monkeypatch.setattr(evaluation, "probe", lambda *_: (1.0, 1.0, 1.0))
-    code, error = evaluates(monkeypatch, capsys, "run")
-    assert code == 0 and [line for line in error.splitlines() if line.startswith(f"{unknown} of 9 test images have no label")], error
-    assert len(error.splitlines()) <= 3                 # and what the folder holds, and that there are no accuracies
-
-
-def test_measures_of_nothing(monkeypatch, capsys):
-    gray = torch.full((40, 3, 32, 32), 99, dtype=torch.uint8), SETS[10_000][1]
-    monkeypatch.setattr(evaluation, "probe", lambda *_: (1.0, 1.0, 1.0))
-    def strict(text):
-        return json.loads(text, parse_constant=lambda word: pytest.fail(word))
-    for name, sets in (("identical images", {10_000: gray, 4_000: gray}), ("one test image", {10_000: SETS[10_000], 4_000: [x[:1] for x in SETS[4_000]]})):
-        monkeypatch.setattr(train, "draw_shapes", lambda M, seed: sets[M])
-        for seed in "01":
-            assert ends(lambda: run(f"--head mlp --seed {seed}", name + seed), capsys)[0] == 0
-        monkeypatch.setattr(sys, "argv", ["eval.py", name + "0", "--json"])
-        evaluation.main()
-        row = strict(capsys.readouterr().out)["rows"][0]
-        assert row["tap"] == "h" and row["seen" if name[0] == "i" else "uniformity"] is None
-        strict(Path(name + "0", "eval.json").read_text())
-        for words in ([], ["--taps"], ["--raw"]):       # the undefined value of two seeds has no mean
-            assert evaluates(monkeypatch, capsys, name + "0", name + "1", *words)[0] == 0
 
 
 # ---------------------------------------------------------------------------- Wen & Li's simple setting

@@ -389,7 +389,8 @@ def load_folder(root: Path, train: bool, size: int, limit: int | None) -> tuple[
 def decoded(paths: list[str], size: int) -> tuple[Tensor, Tensor]:
     """(images uint8 (M, 3, size, size), which of the paths could be read: bool (len(paths),)), mapped from a file that
     all processes share. Its name is a hash of what it was made of. It holds the images, then a byte for each path."""
-    made_of = repr([size, *((path, s.st_size, s.st_mtime_ns) for path in paths for s in [os.stat(path)])])
+    files = [(path, os.stat(path)) for path in paths if os.path.exists(path)]       # not a link to nothing
+    made_of = repr([size, len(paths), *((path, at.st_size, at.st_mtime_ns) for path, at in files)])
     file = CACHE / f"{hashlib.sha256(made_of.encode(errors='replace')).hexdigest()[:32]}.images"
     if not file.is_file():
         note(f"decoding {len(paths):,} images to {file}")
@@ -697,7 +698,7 @@ def ours(path: Path):
         yield
     except UserError:
         raise
-    except Exception as e:                                      # of pickle, zipfile, torch; a key or a tensor that does not fit
+    except Exception as e:                                      # of pickle, zipfile, torch
         raise UserError(f"{path} is not a checkpoint of ours ({type(e).__name__})") from None
 
 
@@ -707,30 +708,34 @@ def start_run(args, images: Tensor, parts: dict, per_epoch: int, device) -> argp
     out, now, crc = Path(args.out), time.perf_counter(), zlib.crc32(images.cpu().numpy())
     file, log = out / "checkpoint.pt", out / "metrics.jsonl"
     run = argparse.Namespace(args=args, out=out, parts=parts, images=[len(images), crc], per_epoch=per_epoch, step=0,
-                             total=args.epochs * per_epoch, began=now, said=now)
+                             total=args.epochs * per_epoch, began=now, said=now, saved=now)
     if RANK == 0 and log.exists() and not file.exists():
         raise UserError(f"--out {out} holds a metrics.jsonl without a checkpoint: choose another")
-    with ours(file):
-        found = [torch.load(file, map_location="cpu", weights_only=True)] if RANK == 0 and file.exists() else [None]
-        if RANKS > 1:
-            dist.broadcast_object_list(found)                   # the first process knows
-        old = found[0]
-        if args.precision is None:                              # a run that moves to another device keeps its own
-            args.precision = old["args"]["precision"] if old else native_precision(device)
-        run.log = [json.dumps({
-            "command": command(), "args": vars(args), "images": len(images), "python": sys.version.split()[0],
-            "torch": torch.__version__, "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
-            "processes": RANKS, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)})]
-        if old:
-            there, here = old["args"] | {"images": old["images"]}, vars(args) | {"images": run.images}
-            differ = [f"{flag.replace('_', '-')} {there.get(flag)} there, {value} here" for flag, value in here.items()
-                      if flag not in PLACES and there.get(flag) != value]
-            if differ:
-                raise everywhere(UserError(f"--out {out} holds another run: {'; '.join(differ)}: choose another"))
+    found = [None, None]
+    if RANK == 0 and file.exists():
+        with ours(file):
+            found[0] = torch.load(file, map_location="cpu", weights_only=True)
+            found[1] = found[0]["args"] | {"images": found[0]["images"]}
+    if RANKS > 1:
+        dist.broadcast_object_list(found)                       # the first process knows
+    old, there = found
+    if args.precision is None:                                  # a run that moves to another device keeps its own
+        args.precision = there.get("precision") if old else native_precision(device)
+    run.log = [json.dumps({
+        "command": command(), "args": vars(args), "images": len(images), "python": sys.version.split()[0],
+        "torch": torch.__version__, "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
+        "processes": RANKS, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)})]
+    if old:
+        differ = [f"{flag.replace('_', '-')} {there.get(flag)} there, {value} here"
+                  for flag, value in [*vars(args).items(), ("images", run.images)]
+                  if flag not in PLACES and there.get(flag) != value]
+        if differ:
+            raise everywhere(UserError(f"--out {out} holds another run: {'; '.join(differ)}: choose another"))
+        with ours(file):
             for name, part in parts.items():
                 part.load_state_dict(old[name])
-            run.step = old["step"]
-            run.log = log.read_text().splitlines()[:1 + run.step // per_epoch] if log.exists() else run.log
+            run.step = int(old["step"])
+        run.log = log.read_text().splitlines()[:1 + run.step // per_epoch] if log.exists() else run.log
     if not old:
         save(run, 0)
     say(f"{out}: {len(images)} images of {args.image_size} px, {args.encoder} in {args.precision} on {device}, "
