@@ -207,7 +207,7 @@ def parser() -> Parser:
     add("--crop-scale", type=number(float, 0.01, 1), help="smallest area of a crop (default: 0.2; shapes: 0.5)")
     add("--hue", type=number(float, 0, 0.5), help="largest shift of the hue, in turns (default: 0.1; shapes: 0.5)")
     add("--grayscale", type=fraction, default=0.1, help="probability of a gray view (default: 0.1)")
-    add("--epochs", type=number(int, 1, 10**6), help="(default: 100; a convnet 20; shapes with a convnet 12)")
+    add("--epochs", type=number(int, 1, 10**6), help="(default: 100; a convnet 20; shapes with a convnet 8)")
     add("--batch-size", type=number(int, 2, 2**20), help="images, two views each (default: 512; a convnet 256)")
     add("--lr", type=number(float, 0, 1e30), default=0.06, help="peak for 256 images a step (default: 0.06)")
     add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="(default: 0.9)")
@@ -245,7 +245,7 @@ def defaults(args) -> dict:
         sparsity_norm="l21" if args.sparsity else None,
         dim=128 if head else None, hidden=None, depth=2 if takes(args.head, "depth") else None,
         data=None if shapes else "data", image_size=SIZES[args.dataset],
-        epochs=(12 if shapes else 20) if small else 100, batch_size=256 if small else 512,
+        epochs=(8 if shapes else 20) if small else 100, batch_size=256 if small else 512,
         crop_scale=0.5 if shapes else 0.2, hue=0.5 if shapes else 0.1,
     )
 
@@ -525,8 +525,18 @@ def augment(images: Tensor, generator, crop_scale=0.2, hue=0.1, grayscale=0.1, r
     blurred, sigma = ((uniform(0, 1) < 0.5).float(), uniform(0.1, 2)) if S > 64 else (gray, gray)
     drawn = torch.stack([top, height, left, width, flip, sigma, *factors, shift, gray, blurred])
     drawn = to_device(drawn, device)[..., None, None, None]                    # 12 x N x 1 x 1 x 1
-    at_once = N if device.type == "cuda" else 64        # on a CPU small parts that stay in its cache: twice as fast
-    return torch.cat([view(*part, order) for part in zip(images.split(at_once), drawn.split(at_once, dim=1))])
+    if device.type != "cpu":
+        return view(images, drawn, order)
+    parts = zip(images.split(64), drawn.split(64, dim=1))       # small parts stay in the CPU's cache: twice as fast
+    threads = torch.get_num_threads()
+    each = map if threads == 1 else view_threads(threads).map
+    return torch.cat(list(each(lambda part: view(*part, order), parts)))
+
+
+@functools.cache
+def view_threads(count: int) -> concurrent.futures.ThreadPoolExecutor:
+    """Threads with one thread of torch's each: they do not wait for each other in each operation, as torch's own do."""
+    return concurrent.futures.ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def view(images: Tensor, parameters: Tensor, order: list[int]) -> Tensor:
