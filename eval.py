@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Measure trained runs at each tap: h, the layers inside the head, z and p.
+"""Measure trained runs: what h and z know, or every tap of the networks.
 
-    python eval.py                           # the newest run in runs/: a row for each tap
+    python eval.py                           # the newest run in runs/: a row for h, one for z
+    python eval.py RUN --taps                # also for the layers inside the head, and for p
     python eval.py RUN --columns linear rank               # these columns only; all of them: --json
     python eval.py RUN RUN ...               # a row for each method: mean±standard deviation over seeds
-    python eval.py RUN RUN ... --taps        # the same with a row for each tap of each method
     python eval.py RUN RUN ... --against "--head mlp"      # paired differences from that row
     python eval.py RUN --dataset cifar100    # transfer: other labelled images through the same encoder
     python eval.py RUN --probe transform     # what linear probes can tell of what was done to an image; needs no labels
@@ -412,7 +412,7 @@ def print_row(cells: list, widths: list[int]) -> None:
 
 
 def one_table(run, question: dict, columns: list[str] | None) -> None:
-    """Print a row for each tap of a run as it is measured."""
+    """Print a row for each tap, as it is measured."""
     keys, widths = [], []
     def show(row):
         if not keys:
@@ -590,7 +590,7 @@ def main() -> None:
                    help="for the labels, or for rotation, flip, gray and quadrant of an image (default: labels)")
     p.add_argument("--k", type=train.number(int, 1), nargs="+", help="neighbours for kNN (default: 20 200)")
     p.add_argument("--columns", nargs="+", metavar="NAME", help="to print, by name or first word (default: some)")
-    p.add_argument("--taps", action="store_true", help="of several runs: a row for each tap")
+    p.add_argument("--taps", action="store_true", help="also the layers inside the head, and p: a row for each tap")
     p.add_argument("--against", metavar="FLAGS", help="of several runs: differences from the row with these flags, over "
                    "shared seeds, with the half-width of their mean's 95 %% t interval")
     p.add_argument("--json", action="store_true", help="a line of JSON for each run, with all columns, and no table")
@@ -598,16 +598,16 @@ def main() -> None:
     p.add_argument("--views", metavar="PNG", help="draw training images and views of them")
     p.add_argument("--device", default=train.default_device(), help="(default: torch's accelerator, else cpu)")
     args = p.parse_args()
-    drawn, of_many = args.neighbors or args.views, args.taps or args.against
+    drawn, table = args.neighbors or args.views, args.taps or args.against or args.columns
     for clash, why in (
             (args.neighbors and args.views, "draw one picture at a time"),
-            (drawn and (args.json or of_many or args.columns or args.k or args.probe == "transform"),
+            (drawn and (args.json or table or args.k or args.probe == "transform"),
              "--neighbors and --views draw a picture instead of a table"),
             (drawn and len(args.run) > 1, "--neighbors and --views take one run"),
             (args.views and args.dataset, "--views is of the run's own data set"),
             (args.k and args.probe == "transform", "--k: there is kNN in the table of label probes only"),
-            (args.json and (of_many or args.columns), "--json has all taps and columns"),
-            (of_many and len(args.run) < 2, "--taps and --against are for several runs")):
+            (args.json and table, "--json has all taps and columns"),
+            (args.against and len(args.run) < 2, "--against is for several runs")):
         if clash:
             raise UserError(why)
     if not args.run:
@@ -622,7 +622,7 @@ def main() -> None:
         raise UserError("--data: shapes are drawn, not read: name a --dataset")
     data = args.data and os.path.abspath(args.data)
     question = {"probe": args.probe, "ks": args.k or [20, 200], "dataset": args.dataset, "data": data,
-                "inside": args.taps or args.json or len(runs) == 1}
+                "inside": args.taps or args.json}
     if args.neighbors:
         draw_neighbors(runs[0], args.neighbors, args.dataset, args.data)
     elif args.views:

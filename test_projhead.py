@@ -1912,7 +1912,7 @@ def test_what_was_measured_is_kept_beside_the_checkpoint(monkeypatch, capsys):
             show(row)
         return rows
     monkeypatch.setattr(evaluation, "table", table)
-    def text(words="run"):
+    def text(words="run --taps"):
         return evaluated(words, monkeypatch, capsys)
     first = text()
     assert text() == first and len(calls) == 1 and cells(first)[0]["rank"] == "nan" and "g[0]" in first
@@ -1940,7 +1940,7 @@ def test_what_was_measured_is_kept_beside_the_checkpoint(monkeypatch, capsys):
     row = json.loads(text("run --json"), parse_constant=lambda word: pytest.fail(word))["rows"][0]
     assert row["rank"] is None and len(calls) == len(junk)
     text("run --dataset cifar10 --data there"), text("run --dataset cifar10 --data there")
-    assert calls[len(junk):] == [("cifar10", os.path.abspath("there"), True)]       # the same question of other data
+    assert calls[len(junk):] == [("cifar10", os.path.abspath("there"), False)]       # the same question of other data
     text("run --dataset folder --data there"), text("run --dataset folder --data there")
     assert len(calls) == len(junk) + 3                  # a folder's images may have changed: always anew
     run("--head linear --epochs 3", "more")             # a finished run that holds it is still one of ours
@@ -2098,7 +2098,7 @@ run --neighbors a.png --k 3       | run --neighbors a.png --columns rank| run ti
 run tiny --views a.png            | run --views a.png --neighbors b.png | run --views a.png --dataset cifar10
 run run                           | run tiny run/checkpoint.pt          | run --columns nothing
 run --dataset shapes --data x     | run --dataset folder --data nowhere | run --dataset cifar10 --data nowhere
-run --data x                      | run --taps                          | run --against "--head mlp"
+run --data x                      | run --taps --json                   | run --against "--head mlp"
 run tiny --taps --json            | run --json --columns rank           | run tiny --json --against "--head mlp"
 """
 
