@@ -2132,7 +2132,7 @@ def test_test_images_without_a_label_are_counted(place, unknown, quick, monkeypa
     assert code == 0 and error.startswith(f"{unknown} of 9 test images have no label")
     assert error.count("\n") == (2 if unknown == 9 else 1)      # and that there are no accuracies
     assert all(test_y.tolist() == [1] * 4 and len(test_x) == 4 for _, _, test_x, test_y in quick)
-    assert len(quick) == (0 if unknown == 9 else 5)             # h, two layers, z, and the untrained h
+    assert len(quick) == (0 if unknown == 9 else 3)             # h, z, and the untrained h
 
 
 def test_measures_of_nothing(quick, monkeypatch, capsys):
