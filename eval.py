@@ -88,10 +88,10 @@ def taps(run, x: Tensor) -> dict[str, Tensor]:
 def features(run, images: Tensor, view=None, batch_size: int = 500) -> dict[str, Tensor]:
     """{tap: float32 (M, dim)} of images uint8 (M, 3, S, S), each passed through the frozen networks once.
 
-    run: what load_run returned, or a run's folder. view: a function uint8 (N, 3, S, S) -> normalized float32 in place of
-    plain normalization. Images of another size than the run's are resized. Taps: h, g[0] ... (layers inside the head), z
-    where there is a head, p where there is a prediction head. Raises UserError where there is no run or a feature is not
-    finite, RuntimeError if a parameter or buffer moved.
+    run: what load_run returned, or a run's folder. view: a function uint8 (N, 3, S, S) -> normalized float32 in place
+    of plain normalization. Images of another size than the run's are resized. Taps: h, g[0] ... (layers inside the
+    head), z where there is a head, p where there is a prediction head. Raises UserError where there is no run or a
+    feature is not finite, RuntimeError if a parameter or buffer moved.
     """
     run = run if isinstance(run, argparse.Namespace) else load_run(run)
     modules = nn.ModuleList([run.encoder, run.head, run.predictor]).eval()
@@ -125,7 +125,7 @@ def probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> t
 
     x: (M, dim), y: int64 (M,). Features are standardized by the training part. Minimizes mean cross-entropy + l2/2
     ||W||^2 (not the bias); l2 is the one of L2 that does best on a held-out fifth of the training part (the stronger of
-    equals), then all of it is fitted again. The search ends early where a weaker l2 is worse by over two standard errors.
+    equals), then all of it is fitted again. The search ends where a weaker l2 is worse by over two standard errors.
     The test labels are used once, to count. Deterministic. Raises ValueError for fewer than 5 training rows.
     """
     if len(train_x) < 5:
@@ -159,8 +159,8 @@ def linear_probe(*data: Tensor) -> tuple[float, float]:
 def fit(x: Tensor, y: Tensor, l2: float, weights: Tensor, covariance: Tensor, tolerance: float) -> Tensor:
     """The minimum (classes, dim) of mean cross-entropy + l2/2 ||W||^2 (not the last column) by L-BFGS, from `weights`.
 
-    x: (M, dim), the last column 1. y: int64 (M,). covariance: double (dim, dim) on the CPU, x^T x / M or about that. At
-    W = 0 the Hessian of a class is H = covariance / classes + l2: W = U R^-1 with H = R R^T makes it the identity, for U.
+    x: (M, dim), the last column 1. y: int64 (M,). covariance: double (dim, dim) on the CPU, x^T x / M or about that.
+    At W = 0 a class's Hessian is H = covariance / classes + l2; with H = R R^T and W = U R^-1 it is the identity, for U.
     Ends where no entry of the gradient exceeds `tolerance`, or a step changes the loss by less.
     """
     penalty = torch.full_like(covariance[0], l2)
@@ -179,7 +179,7 @@ def fit(x: Tensor, y: Tensor, l2: float, weights: Tensor, covariance: Tensor, to
     return torch.linalg.solve_triangular(R, U.detach(), upper=False, left=False)
 
 
-def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int | list[int] = 20) -> float | list[float]:
+def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k=20) -> float | list[float]:
     """Accuracy in percent of a majority vote of the k nearest training rows by cosine; of equals the smaller class.
 
     x: (M, dim), y: int64 (M,). Every vote counts the same (no weighting by distance). k is cut to the training rows; a
@@ -218,8 +218,8 @@ def table(run, ks=(20, 200), dataset=None, data=None, inside=True, show=lambda r
 
     {tap, layer, dim; linear, l2, held_out, knn20 ... for each kind of label; rank, centred rank, alignment, uniformity;
     within image, within class, between classes}. held_out is the linear probe's accuracy on the fifth of the training
-    part that chose its l2; the last three are fractions of the variance (projhead.variance_fractions). The row of h also
-    has, where the head has weights, the percentage of its variance `seen` by the head's first layer, and `carrying`.
+    part that chose its l2; the last three are fractions of the variance (projhead.variance_fractions). The row of h
+    also has, where the head has weights, the percentage of its variance `seen` by the head's first layer, and `carrying`.
     """
     (train_images, train_labels, _), (test_images, test_labels, _) = load_data(run, dataset, data)
     all_images, args = train_images, run.args
@@ -227,7 +227,8 @@ def table(run, ks=(20, 200), dataset=None, data=None, inside=True, show=lambda r
     (_, labels), known = labelled(test_images, test_labels, "test"), (test_labels >= 0).all(1)
     names = (" shape", " hue") if labels.shape[1] == 2 else ("",)
     if len(train_images) < 5 or not len(labels):
-        names = note("too few labels: no accuracies") or ()
+        note("too few labels: no accuracies")
+        names = ()
     start = json.dumps([args.encoder, args.seed, args.image_size, args.crop_scale, args.hue, args.grayscale, ks,
                         *(zlib.crc32(part.numpy()) for part in (all_images, test_images, train_labels, labels))])
     rows = []
@@ -316,12 +317,13 @@ def gray(x: Tensor, y: Tensor) -> Tensor:
 def quadrant(x: Tensor, y: Tensor) -> Tensor:
     """Quadrant y (N,) of x (N, 3, S, S): upper left, upper right, lower left, lower right; resized to S."""
     S = x.shape[-1]
-    rows, columns = (train.resize_matrix(half[:, None, None] * (S - S // 2), y.new_full((1, 1, 1), S // 2), S, S)[:, None]
+    size = y.new_full((1, 1, 1), S // 2)
+    rows, columns = (train.resize_matrix(half[:, None, None] * (S - S // 2), size, S, S)[:, None]
                      for half in (y // 2, y % 2))
     return rows @ x @ columns.mT
 
 
-TRANSFORMS = {"rotation": (rotate, 4), "flip": (flip, 2), "gray": (gray, 2), "quadrant": (quadrant, 4)}     # and classes
+TRANSFORMS = {"rotation": (rotate, 4), "flip": (flip, 2), "gray": (gray, 2), "quadrant": (quadrant, 4)}    # and classes
 
 
 def transform_table(run, dataset=None, data=None, inside=True, show=lambda row: None) -> list[dict]:
@@ -363,8 +365,8 @@ def transformed(run, images: Tensor, transform, classes: int, seed: int) -> tupl
 # ---------------------------------------------------------------------------- tables
 
 def measured(run, question: dict, show=lambda row: None) -> list[dict]:
-    """The rows that answer the question {probe, ks, dataset, data, inside}: from RUN/eval.json, if they are there for this
-    checkpoint, else measured now and put there (a folder's images may change: always now). show(row) is called for each."""
+    """The rows that answer the question {probe, ks, dataset, data, inside}: from RUN/eval.json, if they are there for
+    this checkpoint, else measured now and put there (a folder's images may change: always now); show(row) for each."""
     file, key, results = run.path / "eval.json", json.dumps(question), {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # no file, or not ours: measured anew
         kept = json.loads(file.read_text())
@@ -471,8 +473,9 @@ def many_table(runs: list, question: dict, columns: list[str] | None, taps: bool
             return list(own.values())
         return [value - base[seed][column] for seed, value in own.items() if column in base.get(seed, {})]
     every = list(dict.fromkeys(column for seeds in methods.values() for found in seeds.values() for column in found))
-    usual = ("linear", "held_out", f"knn{question['ks'][-1]}", "rank", "carrying", "pruned", "offdiag", "moved", *TRANSFORMS)
-    keys = shown(list(dict.fromkeys(key for key, _ in every if key not in ("layer", "dim"))), columns, usual)
+    usual = ("linear", "held_out", f"knn{question['ks'][-1]}", "rank", "carrying", "pruned", "offdiag", "moved")
+    keys = dict.fromkeys(key for key, _ in every if key not in ("layer", "dim"))
+    keys = shown(list(keys), columns, (*usual, *TRANSFORMS))
     of_z = [key for key in keys if columns or not key.startswith(("held_out", "knn"))]
     wide = [(key, tap) for key in keys for tap in ("h", "z") if (key, tap) in every and (tap == "h" or key in of_z)]
     lines = [["flags", "n", *(("tap", "layer", *keys) if taps else (f"{key} {tap}" for key, tap in wide))]]
@@ -515,11 +518,11 @@ def letter(draw, x, y, width, text, align=0.0, size=12) -> None:
 
 
 def picture(rows: list, path, title: str = "") -> None:
-    """Write a grid of images to path: rows of (label, tiles), where a tile is (image, caption) or (image, caption, color).
+    """Write a grid of images to path: rows of (label, tiles), a tile being (image, caption) or (image, caption, color).
 
     An image is uint8 (3, S, S), or None for an empty place; small ones are enlarged by the smallest whole factor that
-    makes at least 96 pixels of them. A color frames the tile. A row without tiles is a thin line. Raises UserError for a
-    path that cannot be written.
+    makes at least 96 pixels of them. A color frames the tile. A row without tiles is a thin line. Raises UserError for
+    a path that cannot be written.
     """
     from PIL import Image, ImageDraw
     from torchvision.transforms.functional import to_pil_image
@@ -565,7 +568,7 @@ def draw_neighbors(run, path, dataset=None, data=None, n: int = 8, k: int = 8) -
                 tiles.append((train_images[j], name(train_labels[j]), *["green"] * bool(same)))
             rows.append((tap, tiles))
         rows.append(("", []))
-    picture(rows[:-1], path, f"{run.path}: test images and their nearest training images, framed where of the same class")
+    picture(rows[:-1], path, f"{run.path}: test images and their nearest training images, framed where the class agrees")
 
 
 def draw_views(run, path, data=None, n: int = 8, k: int = 8) -> None:
@@ -591,8 +594,8 @@ def main() -> None:
     p.add_argument("--k", type=train.number(int, 1), nargs="+", help="neighbours for kNN (default: 20 200)")
     p.add_argument("--columns", nargs="+", metavar="NAME", help="to print, by name or first word (default: some)")
     p.add_argument("--taps", action="store_true", help="also the layers inside the head, and p: a row for each tap")
-    p.add_argument("--against", metavar="FLAGS", help="of several runs: differences from the row with these flags, over "
-                   "shared seeds, with the half-width of their mean's 95 %% t interval")
+    p.add_argument("--against", metavar="FLAGS", help="of several runs: differences from the row with these flags, "
+                   "over shared seeds, with the half-width of their mean's 95 %% t interval")
     p.add_argument("--json", action="store_true", help="a line of JSON for each run, with all columns, and no table")
     p.add_argument("--neighbors", metavar="PNG", help="draw test images and their nearest training images")
     p.add_argument("--views", metavar="PNG", help="draw training images and views of them")
@@ -629,8 +632,8 @@ def main() -> None:
         draw_views(runs[0], args.views, args.data)
     elif args.json:
         for run in runs:
-            rows = [{key: None if value in (math.inf, -math.inf) or value != value else value for key, value in row.items()}
-                    for row in measured(run, question)]             # JSON has no NaN
+            rows = [{key: None if isinstance(value, float) and not math.isfinite(value) else value
+                     for key, value in row.items()} for row in measured(run, question)]        # JSON has no NaN
             train.say(json.dumps({"run": str(run.path), "step": run.step, "args": vars(run.args), "rows": rows}))
     elif len(runs) > 1:
         many_table(runs, question, args.columns, args.taps, args.against)

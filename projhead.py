@@ -132,7 +132,8 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, start: list[
     Which L? If the population's, alternating and joint descent share their minimizers: only the path differs. Where phi
     already is, 2 steps on a batch are nearly joint training (cosine of dL/dtheta with that before them: 0.98), 20 are
     not (0.36): they fit phi to the batch that they see, the step's own or another, and raise the loss of others. From
-    the run's first phi 2 steps are far from it too (0.50). A test prints these. InfoNCE is free of the last layer's scale, so with weight decay on phi L + decay has no minimizer. Needs _restart.
+    the run's first phi 2 steps are far from it too (0.50). A test prints these. InfoNCE is free of the last layer's
+    scale, so with weight decay on phi L + decay has no minimizer. Needs _restart.
     """
     _restart(optimizer, steps, start)
     for _ in range(steps):
@@ -200,9 +201,9 @@ def sparsity(head: nn.Module, norm: str = "l21") -> Tensor:
 
     "l21" is sum_i ||W_:,i|| / ||W||_F over input features i: 1 to sqrt(in), NaN where W is 0. The division makes it
     free of W's scale: without it ("l21-plain", the group lasso) shrinking all of W lowers the penalty, and costs
-    nothing where a normalization follows. R is not a function of the network: feature i of h times s and column i of W over s
-    leave z as it is and change R; the gain of the encoder's last BatchNorm can do that. Raises ValueError for another
-    norm, or where the head has no linear layer. Needs NORMS, first_weight.
+    nothing where a normalization follows. R is not a function of the network: feature i of h times s and column i of W
+    over s leave z as it is and change R; the gain of the encoder's last BatchNorm can do that. Raises ValueError for
+    another norm, or where the head has no linear layer. Needs NORMS, first_weight.
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
@@ -381,7 +382,7 @@ class DirectPred(nn.Module):
     """p = W z, W = U diag(max(sqrt(s / s_max) + eps, 1e-4)) U^T: (N, d) -> (N, d), Tian et al. (2102.06810). [code]
 
     Not trained: s, U are the eigenpairs of F_hat, which after each step becomes rho F_hat + (1 - rho) E[z z^T]; rho
-    0.3, eps 0.01 [code]. The update is made in forward, in training mode, after p (in each inner step as well); E is the
+    0.3, eps 0.01 [code]. The update is made in forward, in training mode, after p (in each inner step too); E is the
     mean over both views, not centred; F_hat = 0, hence W = (1 + eps) I, at the start [reading]. The CPU computes the
     eigenpairs: a GPU waits. Needs gather, on_cpu.
     """

@@ -501,8 +501,8 @@ def augment(images: Tensor, generator, crop_scale=0.2, hue=0.1, grayscale=0.1, r
 
     Crop of crop_scale to 1 of the area, resized back; flip; with probability 0.8 brightness, contrast and saturation
     by a factor in 0.6 to 1.4 and a hue shift up to +-hue turns; gray with probability grayscale; above 64 px a
-    Gaussian blur with probability 0.5 [reading]. Each is torchvision's own definition, but for floats and in batch: every
-    parameter is drawn per image, only the order of the four colour operations once per call. Crop, jitter and
+    Gaussian blur with probability 0.5 [reading]. Each is torchvision's own definition, but for floats and in batch:
+    every parameter is drawn per image, only the order of the four colour operations once per call. Crop, jitter and
     grayscale are simclr-cifar10's [code].
     Drawn on the generator's device; with a CPU generator the views are the same on every device. The images may be
     the share of one rank: then the parameters are that share of those of the whole batch.
