@@ -160,7 +160,7 @@ def fit(x: Tensor, y: Tensor, l2: float, weights: Tensor, covariance: Tensor, to
     """The minimum (classes, dim) of mean cross-entropy + l2/2 ||W||^2 (not the last column) by L-BFGS, from `weights`.
 
     x: (M, dim), the last column 1. y: int64 (M,). covariance: double (dim, dim) on the CPU, x^T x / M or about that.
-    At W = 0 a class's Hessian is H = covariance / classes + l2; with H = R R^T and W = U R^-1 it is the identity, for U.
+    At W = 0 a class's Hessian is H = covariance / classes + l2; with H = R R^T, W = U R^-1 it is the identity, for U.
     Ends where no entry of the gradient exceeds `tolerance`, or a step changes the loss by less.
     """
     penalty = torch.full_like(covariance[0], l2)
@@ -216,10 +216,11 @@ def load_data(run, dataset=None, data=None) -> list[tuple]:
 def table(run, ks=(20, 200), dataset=None, data=None, inside=True, show=lambda row: None) -> list[dict]:
     """A row for each tap (without `inside` for h and z alone), the untrained h last. show(row) is called for each.
 
-    {tap, layer, dim; linear, l2, held_out, knn20 ... for each kind of label; rank, centred rank, alignment, uniformity;
-    within image, within class, between classes}. held_out is the linear probe's accuracy on the fifth of the training
-    part that chose its l2; the last three are fractions of the variance (projhead.variance_fractions). The row of h
-    also has, where the head has weights, the percentage of its variance `seen` by the head's first layer, and `carrying`.
+    {tap, layer, dim; linear, l2, held_out, knn20 ... for each kind of label; rank, centred rank, alignment,
+    uniformity; within image, within class, between classes}. held_out is the linear probe's accuracy on the fifth
+    of the training part that chose its l2; the last three are fractions of the variance
+    (projhead.variance_fractions). The row of h also has, where the head has weights, the percentage of its variance
+    `seen` by the head's first layer, and `carrying`.
     """
     (train_images, train_labels, _), (test_images, test_labels, _) = load_data(run, dataset, data)
     all_images, args = train_images, run.args
@@ -568,7 +569,7 @@ def draw_neighbors(run, path, dataset=None, data=None, n: int = 8, k: int = 8) -
                 tiles.append((train_images[j], name(train_labels[j]), *["green"] * bool(same)))
             rows.append((tap, tiles))
         rows.append(("", []))
-    picture(rows[:-1], path, f"{run.path}: test images and their nearest training images, framed where the class agrees")
+    picture(rows[:-1], path, f"{run.path}: test images and their nearest training images, framed if the class agrees")
 
 
 def draw_views(run, path, data=None, n: int = 8, k: int = 8) -> None:

@@ -368,7 +368,7 @@ def test_offdiag_starts_as_the_identity_and_keeps_its_diagonal(optimizer):
     W = q(torch.eye(6)).T                               # the whole head as a matrix
     assert torch.equal(W.diagonal(), torch.ones(6)) and torch.equal(W - torch.eye(6), q.E)
     assert q.E.abs().sum() > 0.1
-    j, r = 2, 4
+    j = 2
     assert torch.allclose(q(z)[:, j] - z[:, j], sum(q.E[j, r] * z[:, r] for r in range(6) if r != j), atol=1e-6)
 
 
@@ -1365,7 +1365,6 @@ def test_nothing_in_a_step_waits_for_the_device(flags, monkeypatch):
 
 
 def test_a_run_keeps_its_precision(monkeypatch, capsys):
-    device = torch.device("cpu")
     for precision in ("bfloat16", "float32"):
         monkeypatch.setattr(train, "native_precision", lambda device: precision)
         assert run("--head mlp", precision)["args"]["precision"] == precision
