@@ -51,7 +51,8 @@ def load_run(path, device="cpu") -> argparse.Namespace:
     crc = zlib.crc32(file.read_bytes())     # before the rest: if a newer one comes between, nothing is kept in its name
     with train.ours(file):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        args, images, step = argparse.Namespace(**checkpoint["args"]), checkpoint["images"], checkpoint["step"]
+        args = argparse.Namespace(**vars(train.parse_args([])) | checkpoint["args"])        # older runs lack some flags
+        images, step = checkpoint["images"], int(checkpoint["step"])
         model, steps = train.build(args), args.epochs * (images[0] // min(args.batch_size, images[0]))
         untrained = copy.deepcopy(model.f)
         parts = {"encoder": model.f, "head": model.g, "predictor": model.q}
@@ -103,11 +104,11 @@ def features(run, images: Tensor, view=None, batch_size: int = 500) -> dict[str,
         if x.shape[-1] != size:
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
         parts.append(taps(run, x))
-    if any(not torch.equal(v, before[k]) for k, v in modules.state_dict().items()):
-        raise RuntimeError("the frozen networks moved during evaluation")
     found = {tap: torch.cat([part[tap] for part in parts]) for tap in parts[0]}
     if not all(x.isfinite().all() for x in found.values()):
         raise UserError("the features of the run are not finite")
+    if any(not torch.equal(v, before[k]) for k, v in modules.state_dict().items()):
+        raise RuntimeError("the frozen networks moved during evaluation")
     return found
 
 
@@ -374,9 +375,10 @@ def measured(run, question: dict, show=lambda row: None) -> list[dict]:
         results = dict(kept["results"]) if kept["checkpoint"] == run.crc else {}
     key = next((k for k in (json.dumps(question | {"inside": True}), key) if k in results), key)
     if key in results and (question["dataset"] or run.args.dataset) != "folder":
-        for row in results[key]:
+        rows = [row for row in results[key] if question["inside"] or not row["tap"].startswith(("g[", "p"))]
+        for row in rows:
             show(row)
-        return results[key]
+        return rows
     where = question["dataset"], question["data"], question["inside"]
     labels = question["probe"] == "labels"
     rows = table(run, question["ks"], *where, show) if labels else transform_table(run, *where, show)
@@ -441,6 +443,8 @@ def collect(runs: list, question: dict) -> tuple[dict, list[str]]:
         flags = head + [flag for flag in train.flags(args) if flag not in head and not flag.startswith("--seed ")]
         flags += [f"--data {os.path.basename(args.data)}"] if args.dataset == "folder" else []
         values = {(key, row["tap"]): value for row in rows for key, value in row.items() if key != "tap"}
+        if args.seed in methods.get(tuple(flags), {}):
+            raise UserError(f"{run.path} has the flags and the seed of another run here: leave one out")
         logged = {(key, "h"): value for key, value in last_epoch(run).items()}
         methods.setdefault(tuple(flags), {})[args.seed] = values | logged
         start.setdefault(f"untrained {args.encoder}" + f", {run.images[0]} images" * several, {})[args.seed] = {
@@ -518,6 +522,15 @@ def letter(draw, x, y, width, text, align=0.0, size=12) -> None:
     draw.text((x + align * (width - font.getlength(short)), y), short, fill="black", font=font)
 
 
+def picture_type(path) -> str:
+    """Pillow's name for the type of picture that path names. Raises UserError where it can write none such."""
+    from PIL import Image
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise UserError(f"{path} names no type of picture that can be written: try out.png")
+    return kind
+
+
 def picture(rows: list, path, title: str = "") -> None:
     """Write a grid of images to path: rows of (label, tiles), a tile being (image, caption) or (image, caption, color).
 
@@ -527,9 +540,6 @@ def picture(rows: list, path, title: str = "") -> None:
     """
     from PIL import Image, ImageDraw
     from torchvision.transforms.functional import to_pil_image
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in Image.SAVE:
-        raise UserError(f"{path} names no type of picture that can be written: try out.png")
     sizes = [image.shape[-1] for _, tiles in rows for image, *_ in tiles if image is not None]
     side = math.ceil(96 / sizes[0]) * sizes[0] if sizes else 96
     left = 12 + min(100, max((10 + 10 * len(label) for label, _ in rows if label), default=0))
@@ -549,7 +559,7 @@ def picture(rows: list, path, title: str = "") -> None:
             letter(draw, x - 2, y + side + 3, side + 4, caption, align=0.5)
         y += side + 26 if tiles else 10
     with train.replacing(Path(path)) as file:
-        sheet.save(file, kind)
+        sheet.save(file, picture_type(path))
     train.say(f"{path}: {sheet.width} x {sheet.height} pixels")
 
 
@@ -614,6 +624,8 @@ def main() -> None:
             (args.against and len(args.run) < 2, "--against is for several runs")):
         if clash:
             raise UserError(why)
+    if drawn:
+        picture_type(drawn)                 # before anything is measured
     if not args.run:
         runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda f: f.stat().st_mtime)
         if not runs:

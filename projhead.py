@@ -335,8 +335,9 @@ class ReweightHead(nn.Module):
 class TopKHead(nn.Sequential):
     """z = W2 top_k(relu(W1 h)): (N, D) -> (N, d), the sparse head of Ouyang et al. (2503.00507). [code]
 
-    Of the `hidden` features of each row the k largest are kept. hidden is 2 D and k an eighth of it unless given, and
-    theirs maps back to D [reading]. k > hidden raises RuntimeError in forward.
+    Of the `hidden` features of each row the k largest are kept. hidden is 2 D and k an eighth of it unless given;
+    theirs maps back to D, with a learned bias subtracted before and added after [reading]. k > hidden raises
+    RuntimeError in forward.
     """
 
     def __init__(self, D: int, d: int = 128, hidden: int | None = None, k: int | None = None):
@@ -354,8 +355,8 @@ class DiscreteHead(nn.Sequential):
     """z = tanh(BN(W2 relu(W1 h))), rounded to L levels: (N, D) -> (N, d). Ouyang et al. (2503.00507) [code].
 
     The gradient passes straight through the rounding. Levels are 1 / (L // 2) apart, from -1 to 1 for odd L; an even L
-    lacks the topmost [reading]. The BatchNorm is ours, since a fresh MLP's outputs would all round to one level; so are
-    L = 5 and the widths, those of MLP [reading]. Raises ValueError for levels < 2, and for N = 1 in training.
+    lacks the topmost [reading]. L = 5 is theirs for ImageNet-100 [code]. The BatchNorm is ours, since a fresh MLP's
+    outputs would all round to one level, and so are the widths, those of MLP [reading]. Raises ValueError for levels < 2, and for N = 1 in training.
     """
 
     def __init__(self, D: int, d: int = 128, hidden: int | None = None, levels: int = 5):
@@ -519,7 +520,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         if x.is_cuda or not self.training:
             return super().forward(x)
         dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
-        M = dist.get_world_size() * x.numel() / x.shape[1]
+        M, dtype, x = dist.get_world_size() * x.numel() / x.shape[1], x.dtype, _float32(x)
         mean = gather(x.mean(dims)[None]).mean(0)
         x = x - mean.view(shape)
         var = gather(x.square().mean(dims)[None]).mean(0)
@@ -527,7 +528,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             self.running_mean.lerp_(mean, self.momentum), self.running_var.lerp_(var * M / (M - 1), self.momentum)
             self.num_batches_tracked.add_(1)
         x = x * (var + self.eps).rsqrt().view(shape)
-        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+        return (x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x).to(dtype)
 
 
 def synchronized(module: nn.Module) -> nn.Module:

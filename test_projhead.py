@@ -1248,6 +1248,16 @@ def test_two_processes_train_what_one_does(monkeypatch):
             assert a[key] == pytest.approx(b[key], abs=2e-6), (each, key)
 
 
+def test_two_processes_in_bfloat16(monkeypatch):
+    flags = "--head mlp --precision bfloat16"
+    codes, errors = two_processes(lambda: run(flags, "two"), monkeypatch)
+    assert codes == [0, 0], errors
+    run(flags, "one")
+    for one, two in zip(log_of("one")[1:], log_of("two")[1:]):
+        assert one["loss"] == pytest.approx(two["loss"], abs=0.02)
+    assert {t.dtype for t in saved("two")["encoder"].values()} == {torch.float32, torch.int64}
+
+
 def test_the_gradient_of_a_gathered_loss_is_that_of_the_whole_batch(monkeypatch):
     """Losses that differ between the processes, where a symmetric test is blind: each has its own rows and weights."""
     z, weights = randn(6, 4), randn(2, 6, 4, seed=1)
@@ -1900,7 +1910,7 @@ def test_differences_are_paired_by_seed(monkeypatch, capsys):
 
 
 def test_what_was_measured_is_kept_beside_the_checkpoint(monkeypatch, capsys):
-    run("--head linear --epochs 3"), shutil.copytree("run", "more")
+    run("--head linear --epochs 3"), run("--head linear --epochs 3 --seed 1", "more")
     calls = []
     def table(run, ks, dataset, data, inside, show):
         calls.append((dataset, data, inside))
@@ -1942,7 +1952,7 @@ def test_what_was_measured_is_kept_beside_the_checkpoint(monkeypatch, capsys):
     assert calls[len(junk):] == [("cifar10", os.path.abspath("there"), False)]       # the same question of other data
     text("run --dataset folder --data there"), text("run --dataset folder --data there")
     assert len(calls) == len(junk) + 3                  # a folder's images may have changed: always anew
-    run("--head linear --epochs 3", "more")             # a finished run that holds it is still one of ours
+    run("--head linear --epochs 3 --seed 1", "more")    # a finished run that holds it is still one of ours
     Path("run/eval.json").unlink(), Path("run/eval.json").mkdir()
     code, error = evaluates(monkeypatch, capsys, "run")
     assert code == 0 and error.startswith("not kept: cannot write run/eval.json")

@@ -292,7 +292,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             raise UserError(f"--{flag.replace('_', '-')}: {why}")
     args.data = args.data and os.path.abspath(args.data)        # so that a run finds its images from anywhere
     args.device = args.device or default_device()
-    if args.out is None:
+    if not args.out:
         name = [args.dataset, args.encoder, args.head] + ([] if args.predictor == "none" else [args.predictor])
         if args.dataset == "folder":
             name.insert(1, os.path.basename(args.data))
@@ -709,7 +709,7 @@ def ours(path: Path):
     except UserError:
         raise
     except Exception as e:                                      # of pickle, zipfile, torch
-        raise UserError(f"{path} is not a checkpoint of ours ({type(e).__name__})") from None
+        raise UserError(f"{path} is damaged, or not a checkpoint of ours ({type(e).__name__})") from None
 
 
 def start_run(args, images: Tensor, parts: dict, per_epoch: int, device) -> argparse.Namespace:
@@ -745,7 +745,7 @@ def start_run(args, images: Tensor, parts: dict, per_epoch: int, device) -> argp
             for name, part in parts.items():
                 part.load_state_dict(old[name])
             run.step = int(old["step"])
-        run.log = log.read_text().splitlines()[:1 + run.step // per_epoch] if log.exists() else run.log
+        run.log = log.read_text(errors="replace").splitlines()[:1 + run.step // per_epoch] if log.exists() else run.log
     if not old:
         save(run, 0)
     say(f"{out}: {len(images)} images of {args.image_size} px, {args.encoder} in {args.precision} on {device}, "
@@ -885,7 +885,7 @@ def signals():
     caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
     def first(number, _):
         caught.append(number)
-        os.write(2, b"\nfinishing the step, then saving\n" * (RANK == 0))
+        os.write(2, b"\nfinishing the step, then saving (again: stop at once)\n" * (RANK == 0))
         for number in numbers * (RANKS == 1):                   # torchrun passes on what has come already
             signal.signal(number, signal.SIG_DFL)
     before = [signal.signal(number, first) for number in numbers]
