@@ -27,6 +27,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._subclasses.fake_tensor as fake_tensor
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
@@ -1385,6 +1386,27 @@ def test_a_run_keeps_its_precision(monkeypatch, capsys):
         other = f"--head mlp --precision {native}"
         one_line_error(lambda: run(other, f"{out} moves"), capsys, f"{out} there, {native} here")
         assert same_bits(run("--head mlp", f"{out} moves"), saved(out))
+
+
+@pytest.mark.parametrize("flags", ["--head parametric --inner-batch other", "--head sparse --predictor offdiag",
+                                   "--head mlp --loss barlow", "--head discrete --predictor linear --loss infonce"])
+def test_views_encoder_and_objective_stay_on_a_gpu(flags, monkeypatch):
+    """On a fake GPU, which has no values but refuses to mix devices; torch's backward pass would need a real one."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    monkeypatch.setattr(fake_tensor.FakeTensor, "tolist", lambda x: [0, 1, 2, 3])       # the order of the colour operations
+    monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)               # built there, so it is there
+    args, gpu = parsed(flags), torch.device("cuda")
+    with fake_tensor.FakeTensorMode():
+        with gpu:
+            model = train.build(args, gpu)
+        for source in (gpu, torch.device("cpu")):       # where the images lie
+            images = torch.zeros(40, 3, 32, 32, dtype=torch.uint8, device=source)
+            x, other = next(train.two_views(images, args, range(2), 2, 16, gpu))
+            h = train.encode(model.f, x, args)
+            loss = train.objective(h, None, model, args)
+            assert {t.device.type for t in (x, h, loss, *[other] * (other is not None))} == {"cuda"}
+        with pytest.raises(Exception):
+            train.objective(h.to("cpu"), None, model, args)
 
 
 def test_training_does_not_read_labels(monkeypatch):
