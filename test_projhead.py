@@ -1055,7 +1055,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
         yield
     monkeypatch.setattr(train, "two_views", stuck)
     assert ended(forked(lambda: run("--head mlp"))) == -signal.SIGINT and saved()["step"] == 0
-    assert Path("child").read_text().strip() == "finishing the step, then saving"
+    assert Path("child").read_text().strip() == "finishing the step, then saving (again: stop at once)"
 
 
 @pytest.mark.parametrize("flags", [METHODS[1], METHODS[3]])
