@@ -354,9 +354,10 @@ class TopKHead(nn.Sequential):
 class DiscreteHead(nn.Sequential):
     """z = tanh(BN(W2 relu(W1 h))), rounded to L levels: (N, D) -> (N, d). Ouyang et al. (2503.00507) [code].
 
-    The gradient passes straight through the rounding. Levels are 1 / (L // 2) apart, from -1 to 1 for odd L; an even L
-    lacks the topmost [reading]. L = 5 is theirs for ImageNet-100 [code]. The BatchNorm is ours, since a fresh MLP's
-    outputs would all round to one level, and so are the widths, those of MLP [reading]. Raises ValueError for levels < 2, and for N = 1 in training.
+    The gradient passes straight through the rounding. Levels are 1 / (L // 2) apart, from -1 to 1 for odd L; an even
+    L lacks the topmost [reading]. L = 5 is theirs for ImageNet-100 [code]. The BatchNorm is ours, since a fresh MLP's
+    outputs would all round to one level, and so are the widths, those of MLP [reading]. Raises ValueError for levels
+    < 2, and for N = 1 in training.
     """
 
     def __init__(self, D: int, d: int = 128, hidden: int | None = None, levels: int = 5):
