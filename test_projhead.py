@@ -2710,6 +2710,11 @@ def test_the_readme_quotes_the_code_as_it_is():
     assert quoted >= 3
 
 
+def test_the_readmes_links_and_pictures_exist():
+    local = [link for link in re.findall(r'(?:\]\(|src=")([^)"]+)', readme()) if not link.startswith("http")]
+    assert ".github/neighbors.png" in local and all((HERE / link).is_file() for link in local)
+
+
 def test_the_readmes_code_runs_as_it_stands():
     section = re.search(r"^#+ *Copy it.*?\n(.*?)(?=^## |\Z)", readme(), re.S | re.M | re.I)[1]
     blocks = re.findall(r"```python\n(.*?)```", section, re.S)
