@@ -56,7 +56,7 @@ def objective(h: Tensor, t: Tensor | None, model, args) -> Tensor:
     loss_fn = LOSSES[args.loss] if args.tau is None else functools.partial(LOSSES[args.loss], tau=args.tau)
     if args.predictor == "none":
         z1, z2 = z.chunk(2)
-        loss = loss_fn(z1, z2)                          # InfoNCE
+        loss = loss_fn(z1, z2)                          # InfoNCE, Barlow Twins
     else:
         p1, p2 = model.q(z).chunk(2)
         t1, t2 = (z if t is None else t).detach().chunk(2)      # the method's stop-gradient; cosine and bn repeat it
