@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import io
 import json
 import math
 import os
@@ -48,9 +49,9 @@ def load_run(path, device="cpu") -> argparse.Namespace:
     file = path / "checkpoint.pt"
     if not file.is_file():
         raise UserError(f"no checkpoint.pt in {path}: name a run's folder, or make one by python train.py")
-    crc = zlib.crc32(file.read_bytes())     # before the rest: if a newer one comes between, nothing is kept in its name
+    content = file.read_bytes()
     with train.ours(file):
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         args = argparse.Namespace(**vars(train.parse_args([])) | checkpoint["args"])        # older runs lack some flags
         images, step = checkpoint["images"], int(checkpoint["step"])
         model, steps = train.build(args), args.epochs * (images[0] // min(args.batch_size, images[0]))
@@ -60,8 +61,8 @@ def load_run(path, device="cpu") -> argparse.Namespace:
             part.load_state_dict(checkpoint[name])
     for module in (*parts.values(), untrained):
         module.to(device).eval().requires_grad_(False)
-    return argparse.Namespace(path=path, crc=crc, args=args, step=step, steps=steps, images=images, untrained=untrained,
-                              **parts)
+    return argparse.Namespace(path=path, crc=zlib.crc32(content), args=args, step=step, steps=steps, images=images,
+                              untrained=untrained, **parts)
 
 
 def layers(head: nn.Module) -> list[nn.Module]:

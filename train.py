@@ -122,10 +122,9 @@ def train(args) -> None:
     model = build(args, device)
     theta, phi = optimizers(model, args)
     run = start_run(args, images, modules(model) | {"theta": theta, "phi": phi}, per_epoch, device)
-    losses, since, steps = [], time.perf_counter(), range(run.step, run.total)
+    peak, losses, since, steps = args.lr * N / 256, [], time.perf_counter(), range(run.step, run.total)
     with signals() as caught:
         for step, (x, other) in zip(steps, two_views(images, args, steps, per_epoch, N, device)):
-            peak = args.lr * N / 256
             lr = learning_rate(step, run.total, peak, args.warmup)
             for group in theta.param_groups + phi.param_groups:
                 group["lr"] = group["scale"] * (peak if group["constant"] else lr)
@@ -746,7 +745,7 @@ def start_run(args, images: Tensor, parts: dict, per_epoch: int, device) -> argp
                 part.load_state_dict(old[name])
             run.step = int(old["step"])
         run.log = log.read_text(errors="replace").splitlines()[:1 + run.step // per_epoch] if log.exists() else run.log
-    if not old:
+    else:
         save(run, 0)
     say(f"{out}: {len(images)} images of {args.image_size} px, {args.encoder} in {args.precision} on {device}, "
         f"step {run.step} of {run.total}" + f", {RANKS} processes" * (RANKS > 1))
@@ -839,7 +838,6 @@ def peak_memory(device) -> dict:
         return {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
     except ImportError:
         return {}
-
 
 
 # ---------------------------------------------------------------------------- several processes, signals, the terminal
