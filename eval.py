@@ -23,7 +23,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import zlib
 from pathlib import Path
 
@@ -35,7 +34,6 @@ import projhead
 from train import UserError, note
 
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-UNTRAINED = {}      # the rows of encoders before the first step, which runs of the same seed share
 PROBED = 10_000     # images of either part that --probe transform looks at, at most
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # Student's t at 97.5 %, 1 to 9 degrees of freedom
 
@@ -215,8 +213,8 @@ def load_data(run, dataset=None, data=None) -> list[tuple]:
     return parts
 
 
-def table(run, ks=(20, 200), dataset=None, data=None, inside=True, show=lambda row: None) -> list[dict]:
-    """A row for each tap (without `inside` for h and z alone), the untrained h last. show(row) is called for each.
+def table(run, ks=(20, 200), dataset=None, data=None, inside=True) -> list[dict]:
+    """A row for each tap (without `inside` for h and z alone), the untrained h last.
 
     {tap, layer, dim; linear, l2, held_out, knn20 ... for each kind of label; rank, centred rank, alignment,
     uniformity; within image, within class, between classes}. held_out is the linear probe's accuracy on the fifth
@@ -224,32 +222,21 @@ def table(run, ks=(20, 200), dataset=None, data=None, inside=True, show=lambda r
     (projhead.variance_fractions). The row of h also has, where the head has weights, the percentage of its variance
     `seen` by the head's first layer, and `carrying`.
     """
-    (train_images, train_labels, _), (test_images, test_labels, _) = load_data(run, dataset, data)
-    all_images, args = train_images, run.args
-    train_images, train_labels = labelled(train_images, train_labels, "training")
-    (_, labels), known = labelled(test_images, test_labels, "test"), (test_labels >= 0).all(1)
+    (all_images, train_labels, _), (test_images, test_labels, _) = load_data(run, dataset, data)
+    train_images, train_labels = labelled(all_images, train_labels, "training")
+    (_, labels), known, rows = labelled(test_images, test_labels, "test"), (test_labels >= 0).all(1), []
     names = (" shape", " hue") if labels.shape[1] == 2 else ("",)
     if len(train_images) < 5 or not len(labels):
         note("too few labels: no accuracies")
         names = ()
-    start = json.dumps([args.encoder, args.seed, args.image_size, args.crop_scale, args.hue, args.grayscale, ks,
-                        *(zlib.crc32(part.numpy()) for part in (all_images, test_images, train_labels, labels))])
-    rows = []
     for name, source in trained_and_not(run):
-        if name and start in UNTRAINED:
-            rows.append(UNTRAINED[start])
-            show(rows[-1])
-            continue
-        random = train.generator(0, 0, 1)               # the same views of the trained and of the untrained encoder
-        def view(batch):
-            return train.augment(batch, random, args.crop_scale, args.hue, args.grayscale)
+        view = random_views(run.args, 0)                # the same of the trained and of the untrained encoder
         a = features(source, train_images) if names else None
-        b, view1, view2 = (features(source, test_images, view) for view in (None, view, view))
+        b, view1, view2 = (features(source, test_images, how) for how in (None, view, view))
         for tap in [tap for tap in b if inside or tap in ("h", "z")]:
             x, device = b[tap], b[tap].device
             row = {"tap": tap + name, "layer": layer_name(run, tap), "dim": x.shape[1]}
             for i, label in enumerate(names):
-                working(f"{run.path}: {tap}{name}{label}")
                 four = a[tap], train_labels[:, i].to(device), x[known], labels[:, i].to(device)
                 row["linear" + label], row["l2" + label], row["held_out" + label] = probe(*four)
                 row |= {f"knn{k}{label}": accuracy for k, accuracy in zip(ks, knn(*four, k=list(ks)))}
@@ -261,11 +248,14 @@ def table(run, ks=(20, 200), dataset=None, data=None, inside=True, show=lambda r
             if tap + name == "h" and any(isinstance(layer, nn.Linear) for layer in layers(run.head)):
                 row["seen"] = 100 * projhead.seen(x, projhead.first_weight(run.head))
                 row["carrying"] = carrying(run, all_images)
-            working("")
-            show(row)
             rows.append(row)
-    UNTRAINED[start] = rows[-1]
     return rows
+
+
+def random_views(args, seed: int):
+    """A function uint8 (N, 3, S, S) -> normalized views as in training; made anew, it gives the same ones again."""
+    return functools.partial(train.augment, generator=train.generator(seed, 0, 1), crop_scale=args.crop_scale,
+                             hue=args.hue, grayscale=args.grayscale)
 
 
 def labelled(images: Tensor, labels: Tensor, part: str) -> tuple[Tensor, Tensor]:
@@ -289,12 +279,6 @@ def carrying(run, images: Tensor, batches: int = 10) -> float:
         train.objective(h, None, model, run.args).backward()
         counts.append(projhead.features_holding(h.grad.square().sum(dim=0) * h.detach().var(dim=0)))
     return statistics.mean(counts)
-
-
-def working(text: str) -> None:
-    """Where a terminal waits, what is being measured; "" clears it."""
-    if sys.stderr.isatty():
-        print(f"\r{text[:100]:<100}\r", end="", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------- what was done to an image
@@ -329,7 +313,7 @@ def quadrant(x: Tensor, y: Tensor) -> Tensor:
 TRANSFORMS = {"rotation": (rotate, 4), "flip": (flip, 2), "gray": (gray, 2), "quadrant": (quadrant, 4)}    # and classes
 
 
-def transform_table(run, dataset=None, data=None, inside=True, show=lambda row: None) -> list[dict]:
+def transform_table(run, dataset=None, data=None, inside=True) -> list[dict]:
     """A row {tap, layer, dim, rotation, flip, gray, quadrant} for each tap (without `inside` for h and z alone), the
     untrained h and chance last.
 
@@ -344,16 +328,11 @@ def transform_table(run, dataset=None, data=None, inside=True, show=lambda row: 
         for name, source in trained_and_not(run):
             (a, a_y), (b, b_y) = (transformed(source, images, transform, classes, i) for i, images in enumerate(parts))
             for tap in [tap for tap in a if inside or tap in ("h", "z")]:
-                working(f"{run.path}: {tap}{name}, {column}")
                 begun = {"tap": tap + name, "layer": layer_name(run, tap), "dim": a[tap].shape[1]}
                 row = rows.setdefault(tap + name, begun)
                 row[column], row["l2 " + column] = linear_probe(a[tap], a_y, b[tap], b_y)
-    working("")
     chance = {column: 100 / classes for column, (_, classes) in TRANSFORMS.items()}
-    rows["chance"] = {"tap": "chance", "layer": "", "dim": 0, **chance}
-    for row in rows.values():
-        show(row)
-    return list(rows.values())
+    return [*rows.values(), {"tap": "chance", "layer": "", "dim": 0, **chance}]
 
 
 def transformed(run, images: Tensor, transform, classes: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -367,22 +346,19 @@ def transformed(run, images: Tensor, transform, classes: int, seed: int) -> tupl
 
 # ---------------------------------------------------------------------------- tables
 
-def measured(run, question: dict, show=lambda row: None) -> list[dict]:
+def measured(run, question: dict) -> list[dict]:
     """The rows that answer the question {probe, ks, dataset, data, inside}: from RUN/eval.json, if they are there for
-    this checkpoint, else measured now and put there (a folder's images may change: always now); show(row) for each."""
+    this checkpoint, else measured now and put there (a folder's images may change: always now)."""
     file, key, results = run.path / "eval.json", json.dumps(question), {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # no file, or not ours: measured anew
         kept = json.loads(file.read_text())
         results = dict(kept["results"]) if kept["checkpoint"] == run.crc else {}
     key = next((k for k in (json.dumps(question | {"inside": True}), key) if k in results), key)
     if key in results and (question["dataset"] or run.args.dataset) != "folder":
-        rows = [row for row in results[key] if question["inside"] or not row["tap"].startswith(("g[", "p"))]
-        for row in rows:
-            show(row)
-        return rows
+        return [row for row in results[key] if question["inside"] or not row["tap"].startswith(("g[", "p"))]
+    note(f"measuring {run.path}")
     where = question["dataset"], question["data"], question["inside"]
-    labels = question["probe"] == "labels"
-    rows = table(run, question["ks"], *where, show) if labels else transform_table(run, *where, show)
+    rows = transform_table(run, *where) if question["probe"] == "transform" else table(run, question["ks"], *where)
     try:
         with train.replacing(file) as new:
             new.write(json.dumps({"checkpoint": run.crc, "step": run.step, "results": results | {key: rows}}).encode())
@@ -413,23 +389,22 @@ def shown(keys, columns: list[str] | None, usual: tuple) -> list[str]:
     return [key for key in keys if key in (columns or usual) or key.split()[0] in (columns or usual)]
 
 
-def print_row(cells: list, widths: list[int]) -> None:
-    train.say("| " + " | ".join(str(cell).ljust(w) for cell, w in zip(cells, widths)) + " |")
+def print_table(lines: list[list]) -> None:
+    """Print rows of cells, the first of them the names of the columns. A column without any other cell is left out."""
+    columns = [column for column in zip(*lines) if any(str(value) for value in column[1:])]
+    widths = [max(len(str(value)) for value in column) for column in columns]
+    first, *rest = zip(*columns)
+    for line in (first, ["-" * width for width in widths], *rest):
+        train.say("| " + " | ".join(str(value).ljust(width) for value, width in zip(line, widths)) + " |")
 
 
 def one_table(run, question: dict, columns: list[str] | None) -> None:
-    """Print a row for each tap, as it is measured."""
-    keys, widths = [], []
-    def show(row):
-        if not keys:
-            usual = ("linear", f"knn{question['ks'][0]}", "rank", "within", "between", *TRANSFORMS)
-            keys.extend(["tap", "layer", "dim", *shown(list(row)[3:], columns, usual)])
-            widths.extend([11, max(5, *(len(type(layer).__name__) for layer in layers(run.head)))])
-            widths.extend(max(5, len(key)) for key in keys[2:])
-            print_row(keys, widths), print_row(["-" * w for w in widths], widths)
-        print_row([cell(key, [row[key]] if key in row else []) for key in keys], widths)
+    """Print a row for each tap."""
+    rows = measured(run, question)
+    usual = ("linear", f"knn{question['ks'][0]}", "rank", "within", "between", *TRANSFORMS)
+    keys = ["tap", "layer", "dim", *shown(list(rows[0])[3:], columns, usual)]
     train.say(f"{run.path}, step {run.step} of {run.steps}; accuracies in percent, on test images")
-    measured(run, question, show)
+    print_table([keys, *([cell(key, [row[key]] if key in row else []) for key in keys] for row in rows)])
 
 
 def collect(runs: list, question: dict) -> tuple[dict, list[str]]:
@@ -492,35 +467,21 @@ def many_table(runs: list, question: dict, columns: list[str] | None, taps: bool
             cells = [("layer", tap), *((key, tap) for key in keys)] if taps else wide
             lines.append([f"`{name}`", n, *([tap] if taps else []),
                           *(cell(key, values(name, (key, tap)), difference) for key, tap in cells)])
-    lines = list(zip(*(column for column in zip(*lines) if any(str(value) for value in column[1:]))))
-    widths = [max(len(str(value)) for value in column) for column in zip(*lines)]
     if common:
         train.say(f"all: {' '.join(common)}")
-    for line in (lines[0], ["-" * w for w in widths], *lines[1:]):
-        print_row(line, widths)
+    print_table(lines)
 
 
 # ---------------------------------------------------------------------------- pictures
 
-@functools.cache
-def lettering(size: int):
-    """The font that comes with Pillow, of this size, or its one small font where Pillow was built without FreeType."""
-    from PIL import ImageFont
-    try:
-        return ImageFont.load_default(size)
-    except (ImportError, TypeError):                    # TypeError: Pillow before 10.1
-        return ImageFont.load_default()
-
-
 def letter(draw, x, y, width, text, align=0.0, size=12) -> None:
-    """Draw text below y, between x and x + width: at the left (align 0) or in the middle (0.5). What is too wide loses
-    its middle. The font has the letters of ASCII only: anything else becomes "?"."""
-    font, text = lettering(size), text[:300].encode("ascii", "replace").decode()
-    keep, short = len(text), text
-    while keep and font.getlength(short) > width:
-        keep -= 1
-        short = text[:keep - keep // 2] + "..." + text[len(text) - keep // 2:]
-    draw.text((x + align * (width - font.getlength(short)), y), short, fill="black", font=font)
+    """Draw text below y, between x and x + width, at the left (align 0) or in the middle (0.5). What is too wide is
+    cut. Pillow's font has the letters of ASCII only: anything else becomes "?"."""
+    from PIL import ImageFont
+    font, text = ImageFont.load_default(size), text[:300].encode("ascii", "replace").decode()
+    while text and font.getlength(text) > width:
+        text = text[:-1]
+    draw.text((x + align * (width - font.getlength(text)), y), text, fill="black", font=font)
 
 
 def picture_type(path) -> str:
@@ -585,11 +546,10 @@ def draw_neighbors(run, path, dataset=None, data=None, n: int = 8, k: int = 8) -
 
 def draw_views(run, path, data=None, n: int = 8, k: int = 8) -> None:
     """Write a picture: the first n training images of the run, each with k views of it as training makes them."""
-    images, args, g = load_data(run, None, data)[0][0][:n], run.args, train.generator(run.args.seed, 0, 1)
+    images, view = load_data(run, None, data)[0][0][:n], random_views(run.args, run.args.seed)
     mean, std = torch.tensor([train.MEAN, train.STD])[..., None, None]
-    views = [train.augment(images, g, args.crop_scale, args.hue, args.grayscale) * std + mean for _ in range(k)]
-    views = [(view.clamp(0, 1) * 255).round().to(torch.uint8) for view in views]
-    rows = [("", [(image, "image")] + [(view[i], f"view {j + 1}") for j, view in enumerate(views)])
+    views = [((view(images) * std + mean).clamp(0, 1) * 255).round().to(torch.uint8) for _ in range(k)]
+    rows = [("", [(image, "image"), *((each[i], f"view {j}") for j, each in enumerate(views, 1))])
             for i, image in enumerate(images)]
     picture(rows, path, f"{run.path}: images and views of them")
 

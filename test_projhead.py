@@ -127,6 +127,10 @@ def doubled(model):
     return train.Model(*(m if m is None else m.double() for m in model[:4]), [p.double() for p in model.start])
 
 
+def parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def networks(flags):
     """(args, model, theta, phi), in float64."""
     args = parsed(flags)
@@ -134,7 +138,7 @@ def networks(flags):
     return args, model, *train.optimizers(model, args)
 
 
-def ends(action, capsys, besides=("folder ", "decoding ", "left out ")):
+def ends(action, capsys, besides=("folder ", "decoding ", "left out ", "measuring ")):
     """(exit code, stderr) of a script's main function, which ends without a traceback or more than one line of errors.
     Lines of stderr that begin with one of `besides` are left out."""
     capsys.readouterr()
@@ -149,7 +153,7 @@ def ends(action, capsys, besides=("folder ", "decoding ", "left out ")):
     return code, error
 
 
-def one_line_error(action, capsys, *words, besides=()):
+def one_line_error(action, capsys, *words, besides=("measuring ",)):
     """The line with these words that a script ends with, exit code 2; nothing else is on stderr, but for `besides`."""
     code, error = ends(action, capsys, besides)
     assert code == 2 and all(word in error for word in words), (code, error)
@@ -247,81 +251,65 @@ def naive_barlow(z1, z2, lambd=0.005):
 NAIVE = {"infonce": naive_nt_xent, "barlow": naive_barlow, "cosine": naive_cosine, "bn": naive_bn}
 
 
-@pytest.mark.parametrize("tau", [0.1, 0.5, 1.0])
-@pytest.mark.parametrize("N", [1, 3, 8])     # the batch size is that of the tensors
-def test_nt_xent_is_the_triple_loop(N, tau):
-    z1, z2 = randn(N, 5), randn(N, 5, seed=1)
-    assert projhead.nt_xent(z1, z2, tau).item() == pytest.approx(naive_nt_xent(z1, z2, tau), abs=1e-12)
+@pytest.mark.parametrize("N", [2, 3, 8])             # the batch size is that of the tensors
+@pytest.mark.parametrize("name, options", [
+    ("infonce", {}), ("infonce", {"tau": 0.1}), ("infonce", {"tau": 1.0}), ("cosine", {}), ("bn", {}), ("barlow", {}),
+    ("barlow", {"lambd": 1.0})])
+def test_a_loss_is_its_naive_loops(name, options, N):
+    loss = functools.partial(LOSSES[name], **options)
+    p, z = randn(N, 4).requires_grad_(), (3 * randn(N, 4, seed=1) + 1).requires_grad_()
+    assert loss(p, z).item() == pytest.approx(NAIVE[name](p, z, **options), rel=1e-9)
+    loss(p, z).backward()
+    assert (z.grad is None) == (name in ("cosine", "bn"))               # their target is behind a stop-gradient
+    assert torch.autograd.gradcheck(loss, (p, z.requires_grad_(z.grad is not None)))
+    p, z = p.detach().bfloat16(), z.detach().bfloat16()                 # half precision in, float32 out
+    assert loss(p, z).dtype == torch.float32
+    assert loss(p, z).item() == pytest.approx(loss(p.double(), z.double()).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("tau, value", [(0.1, 2.2483984631e-4), (0.5, 0.5643035000), (1.0, 1.1407751963)])
-def test_nt_xent_reference_values(tau, value):
-    i, j = torch.arange(4, dtype=double)[:, None], torch.arange(8, dtype=double)
-    a = 0.7 * i * (j + 1) + 0.3 * j
-    b = a + 0.25 * (i + 2 * j).cos()
-    assert projhead.nt_xent(a.sin(), b.sin(), tau).item() == pytest.approx(value, abs=1e-10)
-
-
-def test_nt_xent_masks_the_pair_with_itself():
-    same = torch.ones(6, 4)
-    assert projhead.nt_xent(same, same).item() == pytest.approx(math.log(2 * 6 - 1), abs=1e-6)
-    z1, z2 = randn(6, 4, dtype=torch.float32), randn(6, 4, seed=1, dtype=torch.float32).requires_grad_()
-    loss = projhead.nt_xent(z1, z2, tau=0.001)          # exp(1 / 0.001) overflows float32
+def test_losses_at_the_extremes():
+    p, z = randn(6, 4, dtype=torch.float32).requires_grad_(), randn(6, 4, seed=1, dtype=torch.float32)
+    loss = projhead.nt_xent(p, z, tau=0.001)            # exp(1 / 0.001) overflows float32
     loss.backward()
-    assert loss.isfinite() and z2.grad.isfinite().all()
-    assert torch.autograd.gradcheck(projhead.nt_xent, [randn(3, 4, seed=seed).requires_grad_() for seed in (0, 1)])
-
-
-def test_half_precision_in_float32_out():
-    p, z = randn(8, 4, dtype=torch.float32).bfloat16(), randn(8, 4, seed=1, dtype=torch.float32).bfloat16()
-    for loss in LOSSES.values():
-        assert loss(p, z).dtype == torch.float32
-        assert loss(p, z).item() == pytest.approx(loss(p.double(), z.double()).item(), abs=1e-5)
-
-
-def test_negative_cosine_and_bn_mse():
-    p, z = randn(7, 4).requires_grad_(), randn(7, 4, seed=1).requires_grad_()
-    assert projhead.negative_cosine(p, z).item() == pytest.approx(naive_cosine(p, z), abs=1e-12)
-    assert projhead.bn_mse(p, z).item() == pytest.approx(naive_bn(p, z), abs=1e-12)
-    assert projhead.bn_mse(3 * z + 1, z).item() == pytest.approx(0, abs=1e-9)
-    for scale in (1e3, 1e-3, 1e-4):                     # small z do not hide under an epsilon, nor do large ones pay
-        scaled = projhead.bn_mse(scale * p.float(), scale * z.float())
+    assert loss.isfinite() and p.grad.isfinite().all()
+    for scale in (1e3, 1e-4):                           # small z do not hide under an epsilon, nor do large ones pay
+        scaled = projhead.bn_mse(scale * p, scale * z)
         assert scaled.item() == pytest.approx(projhead.bn_mse(p, z).item(), rel=1e-3)
-    for loss in (projhead.negative_cosine, projhead.bn_mse):
-        p.grad = z.grad = None
-        loss(p, z).backward()
-        assert z.grad is None and p.grad.abs().sum() > 0     # the target is behind a stop-gradient
 
 
-def test_barlow():
-    z1, z2 = randn(7, 4), 3 * randn(7, 4, seed=1) + 1
-    for lambd in (0.005, 1.0):
-        assert projhead.barlow(z1, z2, lambd).item() == pytest.approx(naive_barlow(z1, z2, lambd), rel=1e-9)
-    assert projhead.barlow(z1, z2).item() == projhead.barlow(z1, z2, 0.005).item() > 1
-    Q = torch.linalg.qr(randn(9, 5) - randn(9, 5).mean(0))[0]           # uncorrelated features: nothing to pay
-    assert projhead.barlow(Q, 100 * Q).item() == pytest.approx(0, abs=1e-6)
-    assert torch.autograd.gradcheck(projhead.barlow, (z1.requires_grad_(), z2.requires_grad_()))
+@pytest.mark.parametrize("bad", [
+    lambda: projhead.bn_mse(torch.ones(1, 4), torch.ones(1, 4)),
+    lambda: projhead.barlow(torch.ones(1, 4), torch.ones(1, 4)),
+    lambda: projhead.encoder("lenet"),
+    lambda: projhead.MLP(8, depth=0),
+    lambda: projhead.SliceHead(12, 0),
+    lambda: projhead.SliceHead(12, 13),
+    lambda: projhead.DiscreteHead(8, levels=1),
+    lambda: projhead.fit_head(None, torch.optim.SGD(nn.Linear(2, 2).parameters()), 0),
+    lambda: projhead.unroll_head(None, None, torch.optim.SGD(nn.Linear(2, 2).parameters()), 0),
+    lambda: projhead.sparsity(projhead.MLP(8), "l3"),
+    lambda: projhead.sparsity(projhead.NoHead(8)),
+    lambda: projhead.fraction_pruned(projhead.NoHead(8), torch.ones(4, 8))])
+def test_what_cannot_be_is_a_value_error(bad):
     with pytest.raises(ValueError):
-        projhead.barlow(z1[:1], z2[:1])
+        bad()
 
 
 # ---------------------------------------------------------------------------- encoders and heads
 
-@pytest.mark.parametrize("arch, D", [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048), ("convnet", 512),
-                                     ("convnet128", 128)])
+@pytest.mark.parametrize("arch, D", [
+    ("resnet18", 512), ("resnet34", 512), ("resnet50", 2048), ("convnet", 512), ("convnet128", 128)])
 def test_encoder(arch, D):
     with torch.device("meta"):
-        f, large = projhead.encoder(arch), projhead.encoder(arch, 96)
-        for size, network in ((32, f), (96, large)):
-            assert network.dim == D and network(torch.zeros(2, 3, size, size)).shape == (2, D)
-        if "convnet" not in arch:  # the CIFAR stem for small images, torchvision's own above 64 px
-            assert f.conv1.kernel_size == (3, 3) and f.conv1.stride == (1, 1) and isinstance(f.maxpool, nn.Identity)
-            assert large.conv1.kernel_size == (7, 7) and isinstance(large.maxpool, nn.MaxPool2d)
-            theirs = getattr(torchvision.models, arch)(weights=None).state_dict()
-            assert [k for k in theirs if k not in large.state_dict()] == ["fc.weight", "fc.bias"]
-            assert all(v.shape == theirs[k].shape for k, v in large.state_dict().items())
-    with pytest.raises(ValueError):
-        projhead.encoder("lenet")
+        small, large = projhead.encoder(arch), projhead.encoder(arch, 96)
+        for size, f in ((32, small), (96, large)):
+            assert f.dim == D and f(torch.zeros(2, 3, size, size)).shape == (2, D)
+        if "convnet" not in arch:                       # the CIFAR stem for small images, torchvision's own above 64 px
+            stem = [(f.conv1.kernel_size[0], f.conv1.stride[0], type(f.maxpool)) for f in (small, large)]
+            assert stem == [(3, 1, nn.Identity), (7, 2, nn.MaxPool2d)]
+            theirs = getattr(torchvision.models, arch)().state_dict()
+            shapes = {key: value.shape for key, value in theirs.items() if not key.startswith("fc.")}
+            assert {key: value.shape for key, value in large.state_dict().items()} == shapes
 
 
 def test_heads_and_predictors_map_rows_to_rows():
@@ -336,138 +324,99 @@ def test_heads_and_predictors_map_rows_to_rows():
 @pytest.mark.parametrize("kind", [projhead.MLP, projhead.SparseHead])
 def test_an_mlp_of_any_depth_is_its_formula(kind, depth):
     head, h = kind(6, 4, hidden=9, depth=depth).double(), randn(5, 6)
-    linear = [layer for layer in head if isinstance(layer, nn.Linear)]
+    z, parameters = h, list(head.parameters())
+    for W, b in zip(parameters[::2], parameters[1::2]):
+        z = (z if z is h else z.relu()) @ W.T + b
+    assert torch.allclose(head(h), z)
     widths = [6] + [9] * (depth - 1) + [4]
-    assert [tuple(layer.weight.shape) for layer in linear] == list(zip(widths[1:], widths))
-    z = h
-    for i, layer in enumerate(linear):
-        z = z @ layer.weight.T + layer.bias
-        z = z.relu() if i < depth - 1 else z
-    assert torch.allclose(head(h), z) and (z < 0).any()                 # no ReLU at the end
-    assert [tuple(p.shape) for p in kind(6).parameters()] == [(12, 6), (12,), (128, 12), (128,)]
-    args, model, *_ = networks(f"--head sparse --depth {depth} --dim 4")
-    assert sum(isinstance(m, nn.Linear) for m in model.g.modules()) == depth
+    assert [W.shape for W in parameters[::2]] == list(zip(widths[1:], widths))
+    assert [p.shape for p in kind(6).parameters()] == [(12, 6), (12,), (128, 12), (128,)]
 
 
-def test_linear_is_an_mlp_of_depth_1_bias_and_all():
-    """So that --head linear is the joint control of --head parametric --depth 1: also from the same bits."""
+def test_linear_is_an_mlp_of_depth_1_to_the_last_bit():
+    """So that --head linear is the joint control of --head parametric --depth 1."""
     linear, mlp = (train.build(parsed(flags)).g for flags in ("--head linear", "--head mlp --depth 1"))
-    assert isinstance(linear, projhead.MLP) and linear.state_dict().keys() == {"0.weight", "0.bias"}
-    assert same_bits(linear.state_dict(), mlp.state_dict())
+    h = torch.randn(5, 128)
+    assert same_bits(linear.state_dict(), mlp.state_dict()) and torch.equal(linear(h), mlp(h))
 
 
-@pytest.mark.parametrize("optimizer", [
-    functools.partial(torch.optim.SGD, momentum=0.9), torch.optim.Adam, torch.optim.AdamW])
-def test_offdiag_starts_as_the_identity_and_keeps_its_diagonal(optimizer):
+def test_offdiag_starts_as_the_identity_and_keeps_its_diagonal():
     q, z = projhead.OffDiagonal(6), torch.randn(5, 6)
     assert torch.equal(q(z), z)                         # to the last bit
-    step = optimizer(q.parameters(), lr=0.1, weight_decay=0.5)
-    for i in range(5):
-        step.zero_grad()
+    optimizer = torch.optim.AdamW(q.parameters(), lr=0.1, weight_decay=0.5)
+    for _ in range(5):
+        optimizer.zero_grad()
         projhead.negative_cosine(q(z), torch.randn(5, 6)).backward()
-        step.step()
-    W = q(torch.eye(6)).T                               # the whole head as a matrix
-    assert torch.equal(W.diagonal(), torch.ones(6)) and torch.equal(W - torch.eye(6), q.E)
-    assert q.E.abs().sum() > 0.1
-    j = 2
-    assert torch.allclose(q(z)[:, j] - z[:, j], sum(q.E[j, r] * z[:, r] for r in range(6) if r != j), atol=1e-6)
+        optimizer.step()
+    assert q.E.diagonal().eq(0).all() and q.E.abs().sum() > 0.1
+    assert torch.allclose(q(z), torch.stack([row + q.E @ row for row in z]), atol=1e-6)
 
 
 def test_offdiag_entries_do_not_decay_and_all_else_does():
     args, model, theta, phi = networks("--head mlp --predictor offdiag --weight-decay 0.5 --lr 0.1")
-    with torch.no_grad():
-        model.q.A.normal_()
+    nn.init.normal_(model.q.A)
     before = copy.deepcopy(model)
-    for p in (p for part in model[:3] for p in part.parameters()):
+    for p in train.parameters(theta) + train.parameters(phi):
         p.grad = torch.zeros_like(p)                    # nothing but decay moves anything
     theta.step(), phi.step()
-    assert torch.equal(model.q.A, before.q.A) and model.q.A.abs().sum() > 0
-    for module, old in ((model.f, before.f), (model.g, before.g)):
-        assert all(torch.allclose(p, 0.95 * q) for p, q in zip(module.parameters(), old.parameters()))
+    for module, old, factor in zip(model, before, (0.95, 0.95, 1)):             # f, g, q
+        assert all(torch.allclose(p, factor * q) for p, q in zip(module.parameters(), old.parameters()))
 
 
 # ---------------------------------------------------------------------------- other papers' heads
 
 def test_slice_and_reweight_are_their_formulas():
     h = randn(5, 12)
-    assert torch.equal(projhead.SliceHead(12, 4)(h), torch.stack([row[:4] for row in h]))
+    assert torch.equal(projhead.SliceHead(12, 4)(h), h[:, :4])
     for D, d in ((2048, 360), (512, 90), (128, 22), (2, 1)):
-        assert projhead.SliceHead(D)(torch.zeros(1, D)).shape == (1, d)
-    for bad in (0, 13):
-        with pytest.raises(ValueError):
-            projhead.SliceHead(12, bad)
-    for kappa in (1.05, 2.0):
-        z = projhead.ReweightHead(12, kappa)(h)
-        assert all(z[n, i].item() == pytest.approx(h[n, i].item() / kappa ** i, rel=1e-6)
-                   for n in range(5) for i in range(12))
-    assert projhead.ReweightHead(2048)(torch.ones(1, 2048)).isfinite().all()
-    for head in (projhead.SliceHead(12), projhead.ReweightHead(12)):
+        assert projhead.SliceHead(D).d == d
+    for kappa, head in ((1.05, projhead.ReweightHead(12)), (2.0, projhead.ReweightHead(12, 2.0))):
+        assert torch.allclose(head(h), torch.stack([h[:, i] / kappa ** i for i in range(12)], dim=1), rtol=1e-6)
         assert not list(head.parameters()) and not head.state_dict()
 
 
 def test_topk_keeps_the_k_largest_and_their_gradient():
-    head, h = projhead.TopKHead(6, 3, hidden=10, k=4).double(), randn(5, 6)
+    head, h = projhead.TopKHead(6, 3, hidden=10, k=4).double(), randn(5, 6).requires_grad_()
     head[0].bias.data += 2                              # more than k are positive
     x = (h @ head[0].weight.T + head[0].bias).relu()
-    keep = torch.stack([torch.stack([v >= row.sort().values[-4] for v in row]) for row in x])
-    kept = x * keep
-    assert (keep.sum(1) == 4).all() and torch.allclose(head(h), kept @ head[2].weight.T + head[2].bias)
-    weight, seen = randn(5, 3, seed=1), []
-    head[1].register_forward_hook(lambda _, __, y: seen.append(y) or y.retain_grad())
-    (head(h) * weight).sum().backward()                 # straight to what was kept, and to nothing else
-    assert torch.allclose(seen[0].grad, weight @ head[2].weight * keep)
+    largest = x >= x.sort(dim=1).values[:, -4:-3]
+    z = (x * largest) @ head[2].weight.T + head[2].bias
+    assert torch.allclose(head(h), z)
+    of = [h, *head.parameters()]
+    torch.testing.assert_close(torch.autograd.grad(head(h).norm(), of), torch.autograd.grad(z.norm(), of))
     assert projhead.TopKHead(16).k == 4 and projhead.TopKHead(1).k == 1
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 8, 33])
 def test_discrete_rounds_to_its_levels_with_the_gradient_straight_through(levels):
-    head = projhead.DiscreteHead(1, 1, hidden=1, levels=levels).double()
-    for layer in list(head)[:4]:                        # what stands before the tanh becomes the identity
-        layer.forward = lambda x: x
-    x = torch.linspace(-0.9999, 0.9999, 997, dtype=double)[:, None].atanh().requires_grad_()
-    z = head(x)
-    grid = [(i - levels // 2) / (levels // 2) for i in range(levels)]
-    middle = (grid[0] + grid[-1]) / 2
-    scaled = [middle + (grid[-1] - grid[0]) / 2 * a for a in x.tanh().flatten().tolist()]
-    naive = [min(grid, key=lambda v: abs(a - v)) for a in scaled]
-    assert torch.allclose(z.unique(), torch.tensor(grid, dtype=double))
-    assert (z.detach().flatten() - torch.tensor(naive, dtype=double)).abs().gt(1e-9).sum() <= levels
-    z.sum().backward()                                  # as if nothing were rounded: tanh' and the scaling's slope
-    assert torch.allclose(x.grad, (1 - x.detach().tanh().square()) * (levels - 1) / 2 / (levels // 2))
-
-
-def test_discrete_head_uses_its_levels_from_the_start():
-    torch.manual_seed(0)
-    head, h = projhead.DiscreteHead(128), torch.rand(64, 128).requires_grad_()
+    head, h = projhead.DiscreteHead(6, 4, levels=levels).double(), randn(999, 6).requires_grad_()
+    grid = torch.tensor([(i - levels // 2) / (levels // 2) for i in range(levels)], dtype=double)
+    exact = F.batch_norm(head[2](head[0](h).relu()), None, None, training=True).tanh()
+    exact = (grid[0] + grid[-1]) / 2 + (grid[-1] - grid[0]) / 2 * exact         # -1 to 1 becomes the grid's range
     z = head(h)
-    assert z.unique().tolist() == [-1, -0.5, 0, 0.5, 1]
-    assert torch.equal(z, (2 * nn.Sequential(*list(head)[:5])(h)).round() / 2)
-    projhead.nt_xent(*z.chunk(2)).backward()
-    assert h.grad.isfinite().all() and head[0].weight.grad.abs().sum() > 0
-    with pytest.raises(ValueError):
-        projhead.DiscreteHead(8, levels=1)
+    assert torch.allclose(z.unique(), grid)             # all its levels are used from the start
+    assert (z - exact).abs().max() <= 0.5 / (levels // 2) + 1e-9                # each time the nearest one
+    weight = randn(999, 4, seed=1)
+    assert torch.allclose(*(torch.autograd.grad((weight * value).sum(), h)[0] for value in (z, exact)))
 
 
-def test_directpred_is_its_formula():
-    q, moments = projhead.DirectPred(5, rho=0.4, eps=0.02).double(), torch.zeros(5, 5, dtype=double)
+@pytest.mark.parametrize("options, rho, eps", [((), 0.3, 0.01), ((0.4, 0), 0.4, 0)])
+def test_directpred_is_its_formula(options, rho, eps):
+    q, F_hat, W = projhead.DirectPred(5, *options).double(), 0, (1 + eps) * torch.eye(5, dtype=double)
     for step in range(4):
         z = randn(7, 5, seed=step)
         z[:, 3:] = z[:, :2] @ randn(2, 2, seed=9)       # of rank 3: two eigenvalues are 0 but for rounding
         p = q(z.requires_grad_())
-        W = 1.02 * torch.eye(5, dtype=double)           # before anything has been seen
-        if step:
-            s, U = torch.linalg.eigh(moments)
-            entries = [max(math.sqrt(max(v, 0) / max(s.tolist())) + 0.02, 1e-4) for v in s.tolist()]
-            W = sum(e * torch.outer(u, u) for e, u in zip(entries, U.T))
-        assert torch.allclose(p, torch.stack([W @ row for row in z]), atol=1e-6)
+        assert torch.allclose(p, z @ W, atol=1e-6)
         assert torch.allclose(torch.autograd.grad(p[0, 0], z)[0][0], W[0], atol=1e-6)      # through z, not through W
-        moments = 0.4 * moments + 0.6 * sum(torch.outer(row, row) for row in z.detach()) / 7
-        assert torch.allclose(q.F_hat, moments, atol=1e-12)
+        F_hat = rho * F_hat + (1 - rho) * sum(torch.outer(row, row) for row in z.detach()) / 7
+        assert torch.allclose(q.F_hat, F_hat, atol=1e-12)
+        s, U = torch.linalg.eigh(F_hat)
+        W = U @ ((s.clamp(min=0) / s.max()).sqrt() + eps).clamp(min=1e-4).diag() @ U.T
     q.eval()(z)
-    assert torch.allclose(q.F_hat, moments, atol=1e-12)
-    assert q.state_dict().keys() == {"F_hat"} and not list(q.parameters())
+    assert torch.allclose(q.F_hat, F_hat, atol=1e-12) and not list(q.parameters())
     with torch.autocast("cpu", torch.bfloat16):
-        assert projhead.DirectPred(5)(z.detach().bfloat16()).isfinite().all()
+        assert projhead.DirectPred(5)(z.bfloat16()).isfinite().all()
 
 
 # ---------------------------------------------------------------------------- the objective and the step
@@ -489,42 +438,28 @@ def test_the_objective_is_its_equation(flags):
     args, model, *_ = networks(flags)
     if args.predictor == "offdiag":
         nn.init.normal_(model.q.A)
-    h, other = randn(10, 128).requires_grad_(), copy.deepcopy(model)    # directpred's forward changes it
-    t = randn(10, args.dim, seed=1) if args.target == "ema" else None
-    loss = train.objective(h, t, model, args)
-    z = other.g(h)
+    fresh, other = copy.deepcopy(model), copy.deepcopy(model)           # directpred's forward changes it
+    h, t = randn(10, 128).requires_grad_(), randn(10, args.dim, seed=1) if args.target == "ema" else None
+    loss, z = train.objective(h, t, model, args), other.g(h)
     naive = (lambda a, b: naive_nt_xent(a, b, args.tau)) if args.loss == "infonce" else NAIVE[args.loss]
     if args.predictor == "none":
         expected = naive(z[:5], z[5:])
-    else:                                               # each view predicts the other
-        p, t1 = other.q(z), z if t is None else t
-        expected = (naive(p[:5], t1[5:]) + naive(p[5:], t1[:5])) / 2
+        inputs = [h, *fresh.g.parameters()]
+        assert torch.autograd.gradcheck(lambda *_: train.objective(h, t, fresh, args), inputs, fast_mode=True)
+    else:                                               # each view predicts the other, as a constant
+        p, t = other.q(z), z.detach() if t is None else t
+        expected = (naive(p[:5], t[5:]) + naive(p[5:], t[:5])) / 2
+        constant = train.objective(h, t, fresh, args)
+        assert torch.allclose(*(torch.autograd.grad(value, h, retain_graph=True)[0] for value in (loss, constant)))
     if args.sparsity:
         expected += args.sparsity * naive_penalty(projhead.first_weight(model.g), args.sparsity_norm)
     assert loss.item() == pytest.approx(expected, rel=1e-9)
-    if args.predictor != "none" and t is None:          # no gradient by way of the target
-        _, again, *_ = networks(flags)
-        again.q.load_state_dict(other.q.state_dict())
-        if args.predictor == "directpred":
-            again.q.F_hat.zero_()
-        fixed = train.objective(h, z.detach(), again, args)
-        assert torch.allclose(*(torch.autograd.grad(value, h)[0] for value in (loss, fixed)), atol=1e-12)
-
-
-class Objective(nn.Module):
-    """L(theta, phi) with phi in the place of the heads' parameters, by functional_call."""
-
-    def __init__(self, model, args):
-        super().__init__()
-        self.heads, self.L = nn.ModuleList([model.g, model.q]), lambda h, t: train.objective(h, t, model, args)
-
-    def forward(self, h, t):
-        return self.L(h, t)
 
 
 @pytest.mark.parametrize("flags", [
     "--head mlp", "--head none", "--loss barlow --head mlp", "--predictor mlp --target ema",
-    "--head sparse --inner-steps 1", "--head parametric --inner-steps 3", "--head linear --predictor offdiag --inner-steps 2",
+    "--head sparse --inner-steps 1", "--head parametric --inner-steps 3",
+    "--head linear --predictor offdiag --inner-steps 2",
     "--head parametric --inner-start reset", "--head mlp --inner-steps 2 --inner-batch other",
     "--predictor mlp --target ema --inner-steps 2 --inner-batch other --inner-start reset",
     "--head mlp --inner-steps 2 --inner-gradient unrolled",
@@ -534,55 +469,46 @@ def test_two_steps_are_gradient_descent_written_out(flags):
     from where it is or from the start; then theta alone at that phi, or, unrolled, through those steps."""
     args, model, theta, phi = networks(flags + " --momentum 0 --weight-decay 0 --lr 0.1")
     f, g, q, target, start = by_hand = copy.deepcopy(model)
-    call, heads, unrolled = Objective(by_hand, args), nn.ModuleList([g, q]), args.inner_gradient == "unrolled"
-    names = [f"heads.{name}" for name, _ in heads.named_parameters()]
+    heads = nn.ModuleList([g, q])
+    heads.forward = lambda h, t: train.objective(h, t, by_hand, args)
+    def L(h, t, w):                                     # w in place of the heads' parameters
+        return torch.func.functional_call(heads, dict(zip(dict(heads.named_parameters()), w)), (h, t))
     for step in range(2):
-        x, other = randn(8, 3, 16, 16, seed=step), randn(8, 3, 16, 16, seed=9) if args.inner_batch == "other" else None
+        x = randn(8, 3, 16, 16, seed=step)
+        other = randn(8, 3, 16, 16, seed=9) if args.inner_batch == "other" else None
         h_out, loss_out, inner_out = train.train_step(x, model, theta, phi, args, other)
-        def L(h, t, w):
-            return torch.func.functional_call(call, dict(zip(names, w)), (h, t))
-        h, inner = f(x), None
-        t = target(x).detach() if target else None
-        with torch.no_grad():
-            h0, t0 = (h, t) if other is None else (f(other), target(other) if target else None)
+        h, t, inner = f(x), target(x).detach() if target else None, None
+        h0, t0 = (h, t) if other is None else (f(other), target(other).detach() if target else None)
         first = start if args.inner_start == "reset" else heads.parameters()
         w = [p.detach().clone().requires_grad_() for p in first]
         for _ in range(args.inner_steps):
-            inner = L(h0 if unrolled else h0.detach(), t0, w)
-            w = [p - 0.1 * d for p, d in zip(w, torch.autograd.grad(inner, w, create_graph=unrolled))]
-            w = w if unrolled else [p.detach().requires_grad_() for p in w]
-        loss = L(h, t, w)
-        moving = [*f.parameters(), *([] if args.inner_steps else w)]
-        moved = [p.detach() - 0.1 * d for p, d in zip(moving, torch.autograd.grad(loss, moving))]
-        for p, new in zip([*f.parameters(), *heads.parameters()], [*moved, *(w if args.inner_steps else [])]):
-            p.data = new.detach().clone()
+            inner = L(h0, t0, w)
+            w = [p - 0.1 * d for p, d in zip(w, torch.autograd.grad(inner, w, create_graph=True))]
+        if args.inner_gradient != "unrolled":
+            w = [p.detach().requires_grad_() for p in w]
+        loss, at = L(h, t, w), [*f.parameters(), *w]
+        rates = [0.1 for _ in f.parameters()] + [0.0 if args.inner_steps else 0.1 for _ in w]
+        new = [(p - rate * d).detach() for p, rate, d in zip(at, rates, torch.autograd.grad(loss, at))]
+        for p, value in zip([*f.parameters(), *heads.parameters()], new):
+            p.data = value
         assert torch.allclose(h_out, h, rtol=0, atol=1e-12) and not h_out.requires_grad
         assert loss_out.item() == pytest.approx(loss.item(), rel=1e-12) and not loss_out.requires_grad
         assert inner_out is None if inner is None else inner_out.item() == pytest.approx(inner.item(), rel=1e-12)
-        for ours, theirs in zip(model[:4], by_hand[:4]):
-            for key, value in ours.state_dict().items() if ours is not None else ():
-                assert torch.allclose(value, theirs.state_dict()[key], atol=1e-12), key
-    encoded = model.f[2].num_batches_tracked            # a batch once, however many inner steps
-    assert encoded == (4 if args.inner_batch == "other" else 2)
+        ours, theirs = (tensors({k: m.state_dict() for k, m in train.modules(n).items()}) for n in (model, by_hand))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)    # BatchNorm's count: a batch is encoded once
 
 
-def test_bfloat16_is_the_encoders_alone():
-    seen = {}
-    for precision in ("float32", "bfloat16"):
-        args = parsed(f"--head mlp --predictor mlp --target ema --precision {precision}")
-        model = train.build(args)
-        for name, module in (("f", model.f[0]), ("slow f", model.target[0][0]), ("g", model.g[0]), ("q", model.q[0])):
-            key = precision, name
-            module.register_forward_hook(lambda _, x, y, key=key: seen.update({key: (x[0].dtype, y.dtype)}))
-        x = randn(16, 3, 32, 32, dtype=torch.float32)
-        seen[precision], loss, _ = train.train_step(x, model, *train.optimizers(model, args), args)
-        assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.f.parameters())
-        for name in "gq":
-            assert seen[precision, name] == (torch.float32, torch.float32)
-        for name in ("f", "slow f"):
-            assert seen[precision, name][1] == getattr(torch, precision)
-    a, b = seen["float32"], seen["bfloat16"]
-    assert b.dtype == torch.float32 and not torch.equal(a, b) and torch.allclose(a, b, atol=0.05 * a.max().item())
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_bfloat16_is_the_encoders_alone(precision):
+    args = parsed(f"--head mlp --predictor mlp --target ema --precision {precision}")
+    model, seen = train.build(args), {}
+    for name, module in (("f", model.f[0]), ("slow f", model.target[0][0]), ("g", model.g[0]), ("q", model.q[0])):
+        module.register_forward_hook(lambda _, x, y, name=name: seen.update({name: y.dtype}))
+    x = randn(16, 3, 32, 32, dtype=torch.float32)
+    h, loss, _ = train.train_step(x, model, *train.optimizers(model, args), args)
+    half = getattr(torch, precision)
+    assert seen == {"f": half, "slow f": half, "g": torch.float32, "q": torch.float32}
+    assert h.dtype == loss.dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------- the head as a part of the objective
@@ -600,78 +526,37 @@ def bilevel():
     return f, g, lambda: f(x), loss
 
 
-def test_fit_head_lowers_the_loss_and_leaves_the_encoder_alone():
-    f, g, encode, loss = bilevel()
-    h, start = encode().detach(), [g.weight.detach().clone()]
-    before, state = loss(h).item(), copy.deepcopy(f.state_dict())
-    optimizer = torch.optim.SGD(g.parameters(), 0.1, momentum=0.9)
+def test_fit_head_lowers_the_loss_and_starts_again_without_momentum():
+    _, g, encode, loss = bilevel()
+    h, start, optimizer = encode().detach(), [g.weight.detach().clone()], torch.optim.SGD(g.parameters(), 0.1, 0.9)
     losses = [projhead.fit_head(lambda: loss(h), optimizer, 3) for _ in range(3)]
-    assert not losses[0].requires_grad and before > losses[0] > losses[1] > losses[2]
-    still = torch.optim.SGD(g.parameters(), 0)
-    assert projhead.fit_head(lambda: loss(h), still, 1) == loss(h)              # where the last step starts
-    assert projhead.fit_head(lambda: loss(h), optimizer, 3, start) == losses[0]         # its momentum is gone too
-    assert all(torch.equal(v, state[k]) for k, v in f.state_dict().items())     # parameters and buffers
-    assert all(p.grad is None for p in f.parameters())
-    for fit in (projhead.fit_head, lambda *args: projhead.unroll_head(args[0], g, *args[1:])):
-        with pytest.raises(ValueError):
-            fit(lambda: loss(h), optimizer, 0)
+    assert not losses[0].requires_grad and losses[0] > losses[1] > losses[2]
+    assert projhead.fit_head(lambda: loss(h), optimizer, 3, start) == losses[0]
 
 
-def put(g, start):
-    with torch.no_grad():
-        for p, first in zip(g.parameters(), start, strict=True):
-            p.copy_(first)
-
-
-def derivative(f, g, encode, loss, direction, *fit):
-    """dV/dtheta along a direction, by finite differences, of V(theta) = L(theta, what fit_head makes of phi)."""
-    weight, start = f[0].weight, [g.weight.detach().clone()]
-    def V(t):
-        with torch.no_grad():
-            weight.add_(t * direction)
-            h = encode()
-        projhead.fit_head(lambda: loss(h), torch.optim.SGD(g.parameters(), *fit[1:]), fit[0], start)
-        with torch.no_grad():
-            value = loss(h).item()
-            weight.sub_(t * direction)
-        return value
-    slope = (V(1e-4) - V(-1e-4)) / 2e-4
-    put(g, start)
-    return slope
-
-
-def test_envelope_theorem():
+@pytest.mark.parametrize("steps, momentum, decay", [(1, 0, 0), (3, 0, 0), (3, 0, 0.2), (500, 0.9, 0)])
+def test_envelope_theorem(steps, momentum, decay):
     """dV/dtheta of V(theta) = min over phi of L(theta, phi), numerically, is dL/dtheta at the fitted phi, and only
     there. What unroll_head differentiates is L(theta, phi_K(theta)), for any K; at the fitted phi the two are one."""
     f, g, encode, loss = bilevel()
-    weight, start = f[0].weight, [g.weight.detach().clone()]
-    direction = randn(*weight.shape, seed=5)
+    weight, start, direction = f[0].weight, [g.weight.detach().clone()], randn(4, 6, seed=5)
+    optimizer = torch.optim.SGD(g.parameters(), 0.1, momentum, weight_decay=decay)
+    def V(t):                                           # at theta + t * direction, phi fitted by so many steps
+        weight.data += t * direction
+        h = encode()
+        inner = projhead.fit_head(lambda: loss(h.detach()), optimizer, steps, start)
+        weight.data -= t * direction
+        return loss(h), inner
     def along(value):
         return (torch.autograd.grad(value, weight)[0] * direction).sum().item()
-    def envelope():
-        return along(loss(encode()))
-    numerical = derivative(f, g, encode, loss, direction, 500, 0.1, 0.9)
-    assert abs(envelope() - numerical) > 0.05 * abs(numerical)
-    for steps, decay in ((1, 0), (3, 0), (3, 0.2)):     # plain steps, weight decay and all
-        optimizer = torch.optim.SGD(g.parameters(), 0.1, momentum=0.9, weight_decay=decay)
-        slope = derivative(f, g, encode, loss, direction, steps, 0.1, 0, 0, decay)
-        h = encode()
-        exact, inner = projhead.unroll_head(lambda: loss(h), g, optimizer, steps)
-        found, fitted = along(exact), g.weight.detach().clone()
-        assert found == pytest.approx(slope, rel=1e-5) and abs(found - envelope()) > 0.01 * abs(slope)
-        plain = torch.optim.SGD(g.parameters(), 0.1, weight_decay=decay)
-        h = h.detach()
-        assert projhead.fit_head(lambda: loss(h), plain, steps, start).item() == pytest.approx(inner.item(), rel=1e-12)
-        assert torch.allclose(g.weight, fitted, rtol=1e-12) and loss(h).item() == pytest.approx(exact.item(), rel=1e-12)
-        again, _ = projhead.unroll_head(lambda: loss(h), g, optimizer, steps, start)        # wherever phi is
-        assert torch.allclose(g.weight, fitted, rtol=1e-12) and again.item() == pytest.approx(exact.item(), rel=1e-12)
-        put(g, start)
-    h = encode().detach()
-    projhead.fit_head(lambda: loss(h), torch.optim.SGD(g.parameters(), 0.1, momentum=0.9), 500)
-    assert envelope() == pytest.approx(numerical, rel=1e-5)
-    h = encode()
-    exact, _ = projhead.unroll_head(lambda: loss(h), g, torch.optim.SGD(g.parameters(), 0.1), 5)
-    assert along(exact) == pytest.approx(envelope(), rel=1e-6)
+    numerical = (V(1e-4)[0] - V(-1e-4)[0]).item() / 2e-4
+    value, inner = V(0)
+    fitted, envelope = g.weight.detach().clone(), along(value)
+    assert abs(envelope / numerical - 1) < 1e-5 if steps == 500 else abs(envelope / numerical - 1) > 0.01
+    plain, h = torch.optim.SGD(g.parameters(), 0.1, 0.9, weight_decay=decay), encode()  # its momentum is left out
+    unrolled = projhead.unroll_head(lambda: loss(h), g, plain, min(steps, 5), None if steps == 500 else start)
+    assert along(unrolled[0]) == pytest.approx(numerical, rel=1e-5)
+    torch.testing.assert_close((*unrolled, g.weight), (value, inner, fitted), rtol=1e-9, atol=0)
 
 
 def test_what_inner_steps_do_to_the_encoders_gradient():
@@ -684,82 +569,68 @@ def test_what_inner_steps_do_to_the_encoders_gradient():
     views = train.two_views(images, args, range(56), 32, 32, torch.device("cpu"))
     for x, _ in itertools.islice(views, 50):
         train.train_step(x, model, theta, phi, joint)
-    warm, rows = [p.detach().clone() for p in train.parameters(phi)], {}
-    kinds = list(itertools.product((2, 20), ("same", "other"), ("warm", "reset")))
+    starts = {"warm": [p.detach().clone() for p in train.parameters(phi)], "reset": model.start}
+    kinds = [(0, "same", "warm"), *itertools.product((2, 20), ("same", "other"), ("warm", "reset"))]
+    rows = {kind: [] for kind in kinds}
     for x, other in views:
-        h, h_other, h0 = model.f(x), model.f(other).detach(), None
-        for K, batch, start in [(0, "same", "warm"), *kinds]:
-            fixed, first = h.detach() if batch == "same" else h_other, warm if start == "warm" else model.start
+        h = {"same": model.f(x), "other": model.f(other).detach()}
+        for K, batch, start in kinds:
+            for p, first in zip(train.parameters(phi), starts[start]):
+                p.data.copy_(first)
             if K:
-                projhead.fit_head(lambda: train.objective(fixed, None, model, joint), phi, K, first)
-            else:
-                put(nn.ModuleList([model.g, model.q]), warm)
-            loss = train.objective(h, None, model, joint)
-            gradient = torch.autograd.grad(loss, train.parameters(theta), retain_graph=True)
+                fixed = h[batch].detach()
+                projhead.fit_head(lambda: train.objective(fixed, None, model, joint), phi, K, starts[start])
+            own, others = (train.objective(h[batch], None, model, joint) for batch in h)
+            gradient = torch.autograd.grad(own, train.parameters(theta), retain_graph=True)
             gradient = torch.cat([d.flatten() for d in gradient])
-            h0 = gradient if h0 is None else h0         # of joint training
-            losses = loss.item(), train.objective(h_other, None, model, joint).item()
-            rows.setdefault((K, batch, start), []).append((F.cosine_similarity(gradient, h0, dim=0).item(), *losses))
-    mean = {kind: [statistics.mean(column) for column in zip(*values)] for kind, values in rows.items()}
+            if K == 0:
+                joint_gradient = gradient
+            cosine = F.cosine_similarity(gradient, joint_gradient, dim=0)
+            rows[K, batch, start].append([cosine.item(), own.item(), others.item()])
+    mean = {kind: torch.tensor(values).mean(dim=0).tolist() for kind, values in rows.items()}
     print("\n K  batch  start  cosine   loss  of the other batch")
     for (K, batch, start), (cosine, own, others) in mean.items():
         print(f"{K:2}  {batch:5}  {start:5}  {cosine:6.2f}  {own:5.2f}  {others:5.2f}")
-    (_, own, others) = mean[0, "same", "warm"]
+    _, *before = mean[0, "same", "warm"]
     for batch, start in itertools.product(("same", "other"), ("warm", "reset")):
-        assert mean[20, batch, start][0] < mean[2, batch, start][0] - 0.2
-        assert start == "reset" or mean[2, batch, start][0] > 0.95      # from a warm start 2 steps are nearly joint
-        fitted, fresh = mean[20, batch, start][1:] if batch == "same" else mean[20, batch, start][:0:-1]
-        assert fitted < min(own, others) - 0.2 and fresh > max(own, others) - 0.05      # 20 fit phi to that batch alone
+        cosine, own, others = mean[20, batch, start]
+        assert cosine < mean[2, batch, start][0] - 0.2
+        assert (mean[2, batch, start][0] > 0.95) == (start == "warm")   # then 2 steps are nearly joint training
+        fitted, fresh = (own, others) if batch == "same" else (others, own)
+        assert fitted < min(before) - 0.2 and fresh > max(before) - 0.05        # 20 fit phi to that batch alone
 
 
-@pytest.mark.parametrize("flags", ["--head mlp", "--predictor offdiag"])
-def test_frozen_random_head_stays(flags):
-    a = run(f"--head mlp {flags} --head-lr 0 --weight-decay 0.1")
-    f, g, q, *_ = untrained(a)
-    assert all(torch.equal(a["head"][k], v) for k, v in g.named_parameters())
-    for name, module in (("encoder", f), ("predictor", q)):
-        assert all(not torch.equal(a[name][k], v) for k, v in module.named_parameters())
+def test_frozen_random_head_stays():
+    a = run("--head mlp --predictor offdiag --head-lr 0 --weight-decay 0.1")
+    for name, module in zip(("encoder", "head", "predictor"), untrained(a)):
+        assert all(torch.equal(a[name][k], p) == (name == "head") for k, p in module.named_parameters())
 
 
 # ---------------------------------------------------------------------------- sparsity
 
-def test_sparsity_values():
-    head = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3))
-    head[0].weight.data = torch.tensor([[3.0, 0.0], [4.0, 0.0]])
-    assert {norm: pytest.approx(projhead.sparsity(head, norm).item()) for norm in NORMS} == {
-        "l21": 1, "l21-out": 7 / 5, "l1": 7 / 5, "l21-plain": 5, "l1-plain": 7}      # one column holds everything
-    h = torch.tensor([[1.0, 5], [3, 7], [2, 0]])
-    assert projhead.fraction_pruned(head, h) == 0.5 and projhead.fraction_pruned(nn.Linear(2, 2), h) == 0
-    assert projhead.fraction_pruned(nn.Linear(2, 2), h * torch.tensor([1, 0])) == 0.5       # one never varies
-    projhead.sparsity(head).backward()                                      # a zero column has a gradient, not NaN
-    assert head[0].weight.grad.isfinite().all() and head[2].weight.grad is None
-    for bad in (lambda: projhead.sparsity(head, "l3"), lambda: projhead.sparsity(projhead.NoHead(4)),
-                lambda: projhead.fraction_pruned(projhead.NoHead(4), h)):
-        with pytest.raises(ValueError):
-            bad()
-
-
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_norms_are_plain_loops(norm):
-    head = projhead.SparseHead(5, 3, hidden=7)
-    W = head[0].weight.detach().double()
-    assert head.penalty(norm).item() == pytest.approx(naive_penalty(W, norm), rel=1e-5)
+    head = projhead.SparseHead(5, 3, hidden=7).double()
+    assert head.penalty(norm).item() == pytest.approx(naive_penalty(head[0].weight, norm))
     assert head.penalty(norm) == projhead.sparsity(head, norm) and head.penalty() == head.penalty("l21")
-    assert projhead.sparsity(nn.Sequential(head, nn.BatchNorm1d(3)), norm) == head.penalty(norm)    # as in train.py
-    scaled = NORMS[norm](3 * W) / NORMS[norm](W)
-    assert scaled.item() == pytest.approx(3 if "plain" in norm else 1)
-    one = nn.Linear(1, 1)                                                   # a 1 x 1 layer: nothing to remove
-    one.weight.data.fill_(-3)
-    penalty = projhead.sparsity(one, norm)
-    penalty.backward()
-    assert (penalty.item(), one.weight.grad.item()) == ((3, -1) if "plain" in norm else (1, 0))
+
+
+def test_a_zero_column_is_pruned_and_has_a_gradient():
+    head, h = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3)), torch.tensor([[1.0, 5], [3, 7], [2, 0]])
+    head[0].weight.data = 1e-5 * torch.tensor([[3.0, 0], [4, 1]])
+    assert projhead.fraction_pruned(head, h) == 0
+    assert projhead.fraction_pruned(head, h * torch.tensor([1, 0])) == 0.5      # that feature never varies
+    head[0].weight.data[:, 1] = 0
+    assert projhead.fraction_pruned(head, h) == 0.5
+    projhead.sparsity(head).backward()
+    assert head[0].weight.grad.isfinite().all() and head[2].weight.grad is None
 
 
 def test_the_scale_free_penalty_prunes_and_the_plain_one_only_shrinks():
     """Ten input features, of which three tell the images apart; the loss normalizes, so the scale of W is free."""
     torch.manual_seed(0)
     signal = torch.randn(64, 3)
-    def fitted(norm, lambd):
+    def fitted(norm):
         torch.manual_seed(0)
         head = projhead.SparseHead(10, 8)
         optimizer = torch.optim.SGD(head.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
@@ -767,129 +638,78 @@ def test_the_scale_free_penalty_prunes_and_the_plain_one_only_shrinks():
         for step in range(600):
             optimizer.param_groups[0]["lr"] = train.learning_rate(step, 600, 0.05, 0.05)
             views = [torch.cat([signal + 0.1 * torch.randn(64, 3), torch.randn(64, 7)], dim=1) for _ in "12"]
-            loss = projhead.nt_xent(*(head(v) for v in views)) + lambd * head.penalty(norm)
+            loss = projhead.nt_xent(*(head(v) for v in views)) + 0.1 * head.penalty(norm)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         W = head[0].weight.detach()
         return projhead.fraction_pruned(head, views[0]), W.norm(dim=0), W.norm().item() / start
-    pruned, columns, _ = fitted("l21", 0.1)
-    assert 0.5 <= pruned <= 0.7 and (columns[:3] > 1e-3 * columns.max()).all()   # of the seven, no signal
-    pruned, _, shrunk = fitted("l21-plain", 0.1)
+    pruned, columns, _ = fitted("l21")
+    assert 0.5 <= pruned <= 0.7 and (columns[:3] > 1e-3 * columns.max()).all()          # of the seven, no signal
+    pruned, _, shrunk = fitted("l21-plain")
     assert pruned == 0 and shrunk < 0.7
 
 
 # ---------------------------------------------------------------------------- measures
 
-def test_effective_rank_alignment_uniformity():
-    assert projhead.effective_rank(torch.eye(7)) == pytest.approx(7)
-    assert projhead.effective_rank(torch.zeros(7, 3)) == pytest.approx(1)
-    assert projhead.effective_rank(torch.outer(torch.rand(9), torch.rand(4))) == pytest.approx(1, abs=1e-4)
-    p = torch.tensor([3.0, 1.0]) / 4
-    assert projhead.effective_rank(torch.diag(3 * p)) == pytest.approx(math.exp(-(p * p.log()).sum()))
-    for shape in ((9, 4), (4, 9)):
-        s = torch.linalg.svdvals(randn(*shape))
-        entropy = torch.special.entr(s / s.sum()).sum()
-        assert projhead.effective_rank(randn(*shape)) == pytest.approx(entropy.exp().item())
-    a, b = randn(50, 6), randn(50, 6, seed=1)
-    assert projhead.alignment(a, 2 * a) == pytest.approx(0) and projhead.alignment(a, -a) == pytest.approx(4)
-    distance = (F.normalize(a) - F.normalize(b)).norm(dim=1)
-    assert projhead.alignment(a, b) == pytest.approx(distance.square().mean().item())
-    for M in (2, 50, 1100):                             # it goes by 1024 rows
-        a = randn(M, 6)
-        pairs = torch.pdist(F.normalize(a)).square()
-        assert projhead.uniformity(a) == pytest.approx((-2 * pairs).exp().mean().log().item(), abs=1e-9)
-    assert projhead.uniformity(torch.ones(9, 3)) == pytest.approx(0, abs=1e-6)
-    zeros, same = torch.zeros(9, 4), torch.ones(9, 4)
-    assert math.isnan(projhead.uniformity(a[:1])) and projhead.effective_rank(zeros) == 1
-    assert {measure(x) for measure in (projhead.uniformity, projhead.spread) for x in (zeros, same)} == {0}
+def test_rank_spread_alignment_uniformity():
+    for M in (2, 5, 50, 1100):                          # uniformity goes by 1024 rows
+        a, b = randn(M, 6) + 0.5, randn(M, 6, seed=1)
+        u, v, s = F.normalize(a), F.normalize(b), torch.linalg.svdvals(a)
+        assert projhead.effective_rank(a) == pytest.approx(torch.special.entr(s / s.sum()).sum().exp().item())
+        assert projhead.spread(a) == pytest.approx(u.std(dim=0, correction=0).norm().item())
+        assert projhead.alignment(a, b) == pytest.approx((u - v).norm(dim=1).square().mean().item())
+        assert projhead.uniformity(a) == pytest.approx((-2 * torch.pdist(u).square()).exp().mean().log().item())
+    for same in (torch.zeros(9, 4), torch.ones(9, 4)):
+        assert projhead.uniformity(same) == projhead.spread(same) == 0 and math.isnan(projhead.uniformity(same[:1]))
+        assert projhead.effective_rank(same) == pytest.approx(1, abs=1e-4)
 
 
-def test_seen_spread_and_features_holding():
-    h = randn(200, 6) * torch.tensor([1, 2, 3, 1, 1, 1.0]) + 5
-    W = torch.zeros(8, 6, dtype=double)
-    W[0, 1], W[1, 2], W[2, 5] = 3, 4, 0.1               # the last holds less than 1 %
-    W = W / h.std(dim=0)                                # of h with its features standardized, two of six
-    assert projhead.seen(h, W) == pytest.approx(2 / 6)
-    assert projhead.seen(h, W, 0.9999) > projhead.seen(h, W) > projhead.seen(h, W, 0.5)
-    assert projhead.seen(h, torch.eye(6)) == pytest.approx(1) and math.isnan(projhead.seen(torch.ones(4, 6), W))
-    h[:, 0], h[:, 3] = h[:, 0] + h[:, 1], h[:, 2] - h[:, 4]
-    V, x = torch.linalg.svd(W * h.std(dim=0))[2], (h - h.mean(0)) / h.std(0)        # of correlated ones two directions
-    assert projhead.seen(h, W) == pytest.approx(((x @ V[:2].T).square().sum() / x.square().sum()).item())
-    assert projhead.spread(torch.eye(4) - 0.25) == pytest.approx(1)
-    assert projhead.spread(torch.tensor([[2.0, 0], [0, 3]])) == pytest.approx(math.sqrt(0.5))
+def test_seen_and_features_holding():
+    h, W = randn(200, 6) @ randn(6, 6, seed=1) + 5, randn(8, 6, seed=2)
+    x, (_, s, V) = (h - h.mean(0)) / h.std(0), torch.linalg.svd(W * h.std(0))
+    held = s.square().cumsum(0) / s.square().sum()
+    for fraction, k in ((0.5, 2), (0.9, 3), (0.99, 5)):
+        assert held[k - 2] < fraction <= held[k - 1]    # so k directions hold it
+        expected = (x @ V[:k].T).square().sum() / x.square().sum()
+        assert projhead.seen(h, W, fraction) == pytest.approx(expected.item())
+    assert projhead.seen(h, W) == projhead.seen(h, W, 0.99) and math.isnan(projhead.seen(torch.ones(4, 6), W))
     energy = torch.tensor([3.0, 4, 0, 1, 2])
     assert [projhead.features_holding(energy, held) for held in (0.1, 0.4, 0.41, 0.7, 0.71, 1.0)] == [1, 1, 2, 2, 3, 4]
     assert projhead.features_holding(torch.zeros(5)) == 0 and projhead.features_holding(torch.ones(200)) == 198
 
 
-def test_variance_fractions_are_naive_loops():
-    a, labels = randn(30, 5), torch.arange(30) % 3 * 7
+def test_variance_fractions_are_their_definition():
+    a, labels = randn(30, 5), torch.arange(30) ** 2 % 7                         # four classes, not equally large
     b = a + 0.5 * randn(30, 5, seed=1)
     def variance(rows):
-        return sum((x - sum(rows) / len(rows)).square().sum().item() for x in rows) / len(rows)
-    images = [(x + y) / 2 for x, y in zip(a, b)]
-    classes = [[x for x, other in zip(images, labels) if other == label] for label in labels]
-    total = variance([*a, *b])
-    image = sum((x - y).square().sum().item() / 2 for x, y in zip(a, b)) / 30 / total
-    between = variance([sum(rows) / len(rows) for rows in classes]) / total
+        return rows.var(dim=0, correction=0).sum().item()
+    means = torch.stack([(a + b)[labels == label].mean(0) / 2 for label in labels])     # of each image's class
+    total = variance(torch.cat([a, b]))
+    image, between = (a - b).square().sum().item() / 60 / total, variance(means) / total
     fractions = projhead.variance_fractions(a.float(), b.float(), labels)
     assert fractions == pytest.approx((image, 1 - image - between, between), abs=1e-6)
-    assert sum(fractions) == pytest.approx(1)
-    some, far, one, centres = randn(3000, 2), randn(3000, 2, seed=1), torch.zeros(3000), randn(3, 5)[labels // 7]
-    assert projhead.variance_fractions(some, far, one) == pytest.approx((1, 0, 0), abs=0.05)      # nothing but views
-    assert projhead.variance_fractions(some, some, one) == pytest.approx((0, 1, 0), abs=1e-9)
-    assert projhead.variance_fractions(centres, centres, labels) == pytest.approx((0, 0, 1), abs=1e-9)
     assert all(map(math.isnan, projhead.variance_fractions(torch.ones(4, 2), torch.ones(4, 2), torch.arange(4))))
 
 
 def test_measures_are_functions_of_the_network():
     """Feature i of h times s, by the last BatchNorm, and column i of W1 over s: z is as it was, and so are they."""
-    args, model, *_ = networks("--head sparse --hidden 16")
-    bn = [m for m in model.f.modules() if isinstance(m, nn.BatchNorm2d)][-1]
-    with torch.no_grad():
-        model.g[0].weight[:, :32] *= 1e-4               # some are pruned
+    _, model, *_ = networks("--head sparse --hidden 16")
+    bn, W = [m for m in model.f.modules() if isinstance(m, nn.BatchNorm2d)][-1], model.g[0].weight.data
+    W[:, :32] *= 1e-4                                   # some are pruned
     x, scale = randn(40, 3, 16, 16), 10 ** randn(128, seed=1)
     def measured():
-        h = model.f(x)
-        W = projhead.first_weight(model.g).detach()
-        return model.g(h), projhead.fraction_pruned(model.g, h), projhead.seen(h.detach(), W)
+        h = model.f(x).detach()
+        return model.g(h), projhead.fraction_pruned(model.g, h), projhead.seen(h, W)
     z, *before = measured()
-    with torch.no_grad():
-        bn.weight *= scale
-        bn.bias *= scale
-        model.g[0].weight /= scale
+    for values, by in ((bn.weight.data, scale), (bn.bias.data, scale), (W, 1 / scale)):
+        values *= by
     again, *after = measured()
     assert torch.allclose(z, again, atol=1e-9) and after == pytest.approx(before)
     assert before[0] == 0.25 and 0.1 < before[1] < 0.99
 
 
 # ---------------------------------------------------------------------------- augmentation
-
-def test_resize_matrix_is_torchvisions_resized_crop():
-    x = torch.rand(6, 3, 32, 32, dtype=double)
-    boxes = [(0, 0, 32, 32), (3, 5, 20, 14), (31, 0, 1, 32), (10, 10, 7, 9), (0, 12, 16, 20), (7, 1, 25, 25)]
-    for out in (32, 12):
-        for image, (top, left, height, width) in zip(x, boxes):
-            rows, columns = (train.resize_matrix(*torch.tensor([a, n]).float().view(2, 1, 1, 1), 32, out)[0].double()
-                             for a, n in ((top, height), (left, width)))
-            theirs = TF.resized_crop(image, top, left, height, width, [out, out], antialias=True)
-            assert torch.allclose(rows @ image @ columns.T, theirs, atol=1e-6)
-
-
-def test_blur_matrix_is_torchvisions():
-    x, sigma = torch.rand(1, 3, 96, 96), 1.3
-    kernel = train.blur_matrix(torch.full((1, 1, 1), sigma), 96)[:, None]
-    assert torch.allclose(kernel @ x @ kernel.mT, TF.gaussian_blur(x, [9, 9], [sigma, sigma]), atol=1e-6)
-
-
-def test_colour_operations_are_torchvisions():
-    x, shift = torch.rand(8, 3, 16, 16), torch.linspace(-0.5, 0.5, 8)
-    x[0] = 0.3                                          # gray has no hue
-    for image, moved, by in zip(x, train.shift_hue(x, shift[:, None, None, None]), shift):
-        assert torch.allclose(moved, TF.adjust_hue(image, by.item()), atol=1e-5)
-    assert torch.allclose(train.to_gray(x), TF.rgb_to_grayscale(x), atol=1e-6)
-
 
 def replay(images, seed, crop_scale, hue, grayscale):
     """augment() again, image by image, with torchvision's functions and the same random numbers in the same order."""
@@ -916,10 +736,12 @@ def replay(images, seed, crop_scale, hue, grayscale):
     return torch.stack(views)
 
 
-@pytest.mark.parametrize("seed, size, crop", [(0, 32, 0.3), (1, 32, 0.3), (2, 32, 0.3), (3, 32, 1.0), (4, 96, 0.3)])
+@pytest.mark.parametrize("seed, size, crop", [
+    (0, 32, 0.3), (1, 32, 0.3), (2, 32, 0.02), (3, 32, 1.0), (4, 96, 0.3)])
 def test_augment_is_torchvision_image_by_image(seed, size, crop):
     images = torch.randint(0, 256, (24, 3, size, size), generator=torch.Generator().manual_seed(seed))
     images = F.avg_pool2d(images.float(), 5, 1, 2).to(torch.uint8)
+    images[0] = 70                                      # gray has no hue
     ours = train.augment(images, torch.Generator().manual_seed(seed), crop, 0.2, 0.2)
     theirs = replay(images, seed, crop, 0.2, 0.2)
     assert torch.allclose(ours, theirs, atol=2e-3)      # hue is steep near gray
@@ -927,49 +749,36 @@ def test_augment_is_torchvision_image_by_image(seed, size, crop):
 
 
 @pytest.mark.parametrize("size", [32, 96])
-def test_the_ranks_share_one_batch_of_views(size):
-    images = torch.randint(0, 256, (70, 3, size, size), dtype=torch.uint8)
+def test_every_image_gets_its_own_view_and_the_ranks_share_one_batch(size):
+    images = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8).expand(70, -1, -1, -1)
     whole = train.augment(images, torch.Generator().manual_seed(0))
+    assert torch.pdist(whole.flatten(1)).min() > 1
     parts = [train.augment(half, torch.Generator().manual_seed(0), rank=r, ranks=2)
              for r, half in enumerate(images.chunk(2))]
     assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [32, 96])
-def test_every_image_gets_its_own_view(size):
-    images = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8).expand(32, -1, -1, -1)
-    x = train.augment(images, torch.Generator().manual_seed(0))
-    assert x.shape == images.shape and x.dtype == torch.float32 and x.isfinite().all()
-    assert torch.pdist(x.flatten(1)).min() > 1
-    again = train.augment(images, torch.Generator().manual_seed(0))
-    assert torch.equal(x, again) and not torch.equal(x, train.augment(images, torch.Generator().manual_seed(1)))
-
-
 def test_two_views_are_of_the_same_images_and_a_function_of_seed_and_step(monkeypatch):
     images = SETS[10_000][0][:23]
-    def views(start, stop, flags="", images=images):
+    def views(start, stop, flags="--inner-batch other", images=images):
         args = parsed(f"--seed 3 --inner-steps 1 {flags}")
-        batches = train.two_views(images, args, range(start, stop), 4, 5, torch.device("cpu"))
-        return [torch.cat([x, other] if "other" in flags else [x]) for x, other in batches]
-    whole, both = views(0, 9), views(0, 9, "--inner-batch other")       # two epochs of 4 steps, and one of the third
-    assert all(x.shape == (10, 3, 32, 32) for x in whole)
-    assert all(torch.equal(x[:10], y) and x.shape == (20, 3, 32, 32) for x, y in zip(both, whole))      # the step's own
-    for flags, all_views in (("", whole), ("--inner-batch other", both)):       # as a run that starts there
-        assert all(torch.equal(a, b) for a, b in zip(views(6, 9, flags), all_views[6:]))
-    assert not torch.equal(views(0, 1, "--seed 4")[0], whole[0])
-    x = torch.cat(views(0, 9, "--inner-batch other", images[:1].expand(23, -1, -1, -1)))
-    assert torch.pdist(x.flatten(1)).min() > 0.1        # the parameters differ from step to step, and between the views
-    monkeypatch.setattr(train, "augment", lambda batch, *_: batch.float())
-    number, orders, others = {image.numpy().tobytes(): i for i, image in enumerate(images)}, [], []
-    for x in views(0, 12, "--inner-batch other"):
-        chosen = [number[image.to(torch.uint8).contiguous().numpy().tobytes()] for image in x]
-        assert chosen[:5] == chosen[5:10] and chosen[10:15] == chosen[15:]
-        orders, others = orders + [chosen[:5]], others + [chosen[10:15]]
-    epochs = [sum(orders[i:i + 4], []) for i in (0, 4, 8)]
-    assert all(len(set(epoch)) == 20 for epoch in epochs) and len(set(map(tuple, epochs))) == 3
-    assert len(set.union(*map(set, epochs))) > 20       # what is left out of an epoch is another part each time
-    assert all(len(set(other)) == 5 for other in others) and len(set(map(tuple, others))) == 12
-    assert len(set(sum(others, []))) > 15
+        pairs = train.two_views(images, args, range(start, stop), 4, 5, torch.device("cpu"))
+        return [x if other is None else torch.cat([x, other]) for x, other in pairs]
+    whole = views(0, 9)                                 # two epochs of 4 steps, and one of the third
+    assert all(torch.equal(a, b) for a, b in zip(views(6, 9), whole[6:]))       # as a run that starts there
+    assert all(torch.equal(x, both[:10]) for x, both in zip(views(0, 9, "--inner-batch same"), whole))
+    same = images[:1].expand(23, -1, -1, -1)
+    x = torch.cat(views(0, 9, images=same) + views(0, 9, "--inner-batch other --seed 5", same))
+    assert torch.pdist(x.unflatten(0, (-1, 5)).flatten(1)).min() > 1    # they differ between seeds, steps and views
+    monkeypatch.setattr(train, "augment", lambda batch, *_: batch)
+    numbered = torch.arange(23, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
+    x = torch.stack(views(0, 12, images=numbered))[:, :, 0, 0, 0]               # steps x images
+    assert torch.equal(x[:, :5], x[:, 5:10]) and torch.equal(x[:, 10:15], x[:, 15:])
+    assert (x[:, :5] != x[:, 10:15]).any(dim=1).all()
+    epochs, others = x[:, :5].reshape(3, 20), x[:, 10:15]
+    assert all(len(set(row)) == len(row) for row in epochs.tolist() + others.tolist())          # no image comes twice
+    assert len(epochs.unique(dim=0)) == 3 and len(others.unique(dim=0)) == 12
+    assert len(epochs.unique()) > 20 and len(others.unique()) > 15              # an epoch leaves out another part
 
 
 # ---------------------------------------------------------------------------- training
@@ -1134,9 +943,9 @@ def test_when_a_checkpoint_is_written(clock):
 
 def test_progress_is_printed_once_a_minute(clock, capsys):
     clock("--limit 40 --batch-size 2 --epochs 2", 13)
-    lines = re.findall(r"^step (\d+)/40  ETA (\d:\d\d:\d\d)$", capsys.readouterr().out, re.M)
+    lines = re.findall(r"^step (\d+)/40, (\d+) minutes left$", capsys.readouterr().out, re.M)
     assert [int(step) for step, _ in lines] == [*range(5, 41, 5)]      # 65 seconds
-    assert lines[0][1] == "0:07:35" and lines[-1][1] == "0:00:00"
+    assert lines[0][1] == "8" and lines[-1][1] == "0"
 
 
 def test_a_full_disk_loses_nothing(hasty, capsys):
@@ -1448,8 +1257,8 @@ def test_metrics_and_checkpoint_say_what_was_run(monkeypatch):
     first, *epochs = log_of("m")
     assert first.keys() == set("command args torch torchvision python device processes threads images".split())
     keys = set("epoch step loss inner_loss lr rank_h rank_z spread_h spread_z offdiag penalty pruned "
-               "seconds views_per_s memory".split())
-    assert all(line.keys() == keys for line in epochs) and len(epochs) == 2 and 0.01 < epochs[0]["memory"] < 1000
+               "seconds views_per_s".split())
+    assert all(line.keys() == keys for line in epochs) and len(epochs) == 2
     for line, steps in zip(epochs, (seen[:2], seen[2:])):                  # means over the epoch's steps
         for key, values in zip(("loss", "inner_loss"), zip(*steps)):
             assert line[key] == pytest.approx(statistics.mean(values), abs=1e-6)
@@ -1461,7 +1270,7 @@ def test_metrics_and_checkpoint_say_what_was_run(monkeypatch):
     checkpoint = run("--predictor linear --inner-steps 1", "l")
     W, start = checkpoint["predictor"]["weight"], untrained(checkpoint).q.weight
     assert log_of("l")[-1]["moved"] == pytest.approx((W - start).norm().item(), abs=1e-5) and not torch.equal(W, start)
-    for key in keys | first.keys() | {"moved"}:
+    for key in keys | first.keys() | {"moved", "memory"}:
         assert f"`{key}`" in readme(), f"README.md does not explain {key}"
 
 
@@ -1496,11 +1305,6 @@ def test_a_finished_run_says_so_and_stays(capsys):
 
 
 # ---------------------------------------------------------------------------- evaluation
-
-@pytest.fixture(autouse=True)
-def nothing_measured(monkeypatch):
-    monkeypatch.setattr(evaluation, "UNTRAINED", {})
-
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -1666,7 +1470,7 @@ def test_knn_is_the_naive_vote():
 
 def test_the_table_measures_what_its_columns_say(quick):
     checkpoint = run("--head mlp --predictor mlp --hidden 16 --dim 8")
-    frozen, first, shown = evaluation.load_run("run"), untrained(checkpoint).f.eval(), []
+    frozen, first = evaluation.load_run("run"), untrained(checkpoint).f.eval()
     images, labels, test_images, test_labels = (x[:n] for M, n in ((10_000, 16), (4_000, 20)) for x in SETS[M])
     own = [x for part in evaluation.load_data(frozen) for x in part[:2]]
     assert all(torch.equal(*pair) for pair in zip(own, (images, labels, test_images, test_labels)))
@@ -1675,8 +1479,8 @@ def test_the_table_measures_what_its_columns_say(quick):
     x += [train.augment(test_images, g, args.crop_scale, args.hue, args.grayscale) for _ in "12"]     # of both encoders
     with torch.no_grad():
         a, b, one, two = (evaluation.taps(frozen, each) | {"h untrained": first(each)} for each in x)
-    rows = evaluation.table(frozen, ks=(3, 5), show=shown.append)
-    assert [row["tap"] for row in rows] == ["h", "g[0]", "g[1]", "g[2]", "z", "p", "h untrained"] and shown == rows
+    rows = evaluation.table(frozen, ks=(3, 5))
+    assert [row["tap"] for row in rows] == ["h", "g[0]", "g[1]", "g[2]", "z", "p", "h untrained"]
     assert [row["layer"] for row in rows] == ["", "Linear", "ReLU", "Linear", "", "", ""]
     close = functools.partial(pytest.approx, rel=1e-4, abs=1e-5)
     for row in rows:
@@ -1875,7 +1679,7 @@ def test_columns_of_one_run(quick, monkeypatch, capsys):
                         ("--columns seen 'knn200 hue'", ["knn200 hue", "seen"])):
         lines = cells(printed(words))
         assert [line["tap"] for line in lines] == [row["tap"] for row in rows] == ["h", "z", "h untrained"]
-        assert list(lines[0]) == ["tap", "layer", "dim", *keys]
+        assert list(lines[0]) == ["tap", "dim", *keys]
         for line, row in zip(lines, rows):
             assert all(numbers(line[key]) == pytest.approx([row[key]] if key in row else [], abs=0.051) for key in keys)
     one_line_error(lambda: printed("--columns rank l"), capsys, "no column l;", "centred rank")
@@ -1934,14 +1738,11 @@ def test_differences_are_paired_by_seed(monkeypatch, capsys):
 def test_what_was_measured_is_kept_beside_the_checkpoint(monkeypatch, capsys):
     run("--head linear --epochs 3"), run("--head linear --epochs 3 --seed 1", "more")
     calls = []
-    def table(run, ks, dataset, data, inside, show):
+    def table(run, ks, dataset, data, inside):
         calls.append((dataset, data, inside))
         weight = 100 * run.encoder[0].weight.sigmoid().mean().item()
         row = {"tap": "h", "layer": "", "dim": 3, f"knn{ks[0]}": weight, "rank": math.nan}
-        rows = [row, *[row | {"tap": "g[0]"}] * inside, row | {"tap": "z"}]
-        for row in rows:
-            show(row)
-        return rows
+        return [row, *[row | {"tap": "g[0]"}] * inside, row | {"tap": "z"}]
     monkeypatch.setattr(evaluation, "table", table)
     def text(words="run --taps"):
         return evaluated(words, monkeypatch, capsys)
@@ -1978,28 +1779,6 @@ def test_what_was_measured_is_kept_beside_the_checkpoint(monkeypatch, capsys):
     Path("run/eval.json").unlink(), Path("run/eval.json").mkdir()
     code, error = evaluates(monkeypatch, capsys, "run")
     assert code == 0 and error.startswith("not kept: cannot write run/eval.json")
-
-
-def test_the_untrained_encoder_is_measured_once_for_a_seed_and_its_data(quick, monkeypatch):
-    for name, flags in {"a": "--head mlp", "b": "--head none --epochs 1", "seed": "--seed 1", "few": "--limit 12",
-                        "hue": "--hue 0.1"}.items():
-        run(flags, name)
-    monkeypatch.setattr(evaluation, "carrying", lambda *_: 1.0)
-    def last(name, ks=(3,)):
-        return evaluation.table(evaluation.load_run(name), ks=ks, inside=False)[-1]
-    names = "a", "b", "seed", "few", "hue"
-    together = {name: last(name) for name in names} | {"ks": last("a", ks=(3, 5))}
-    assert len(evaluation.UNTRAINED) == 5               # of a and b it is one
-    images, labels = SETS[10_000]
-    other = {"labels": (images, 1 + labels), "images": (images.flip(2), labels)}
-    for name, changed in other.items():                 # one of both is another
-        monkeypatch.setitem(SETS, 10_000, changed)
-        together[name] = last("a")
-    for name, row in together.items():
-        monkeypatch.setitem(SETS, 10_000, other.get(name, (images, labels)))
-        monkeypatch.setattr(evaluation, "UNTRAINED", {})
-        assert last(name if name in names else "a", (3, 5) if name == "ks" else (3,)) == row, name
-        assert row["tap"] == "h untrained" and (row == together["a"]) == (name in "ab"), name
 
 
 def test_transfer_to_a_folder_of_pictures(monkeypatch, capsys):
@@ -2482,179 +2261,129 @@ def test_what_else_lies_in_a_runs_folder_stays(capsys):
     assert Path("run/thesis.tex").read_text() == "chapter 1" and leftover.read_text() == "half"
 
 
-def test_names_that_are_not_text(monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "table", lambda *_: [{"tap": "h", "layer": "", "dim": 4}])
-    out = os.fsdecode(b"r\xff")
-    for _ in "12":
-        assert ends(lambda: run("--head mlp", out), capsys) == (0, "")
-    for words in ([], ["--json"], ["--views", "x.png"]):
-        assert evaluates(monkeypatch, capsys, out, *words) == (0, ""), words
-    pictures("p", 30)
-    Path("p/a").rename(os.fsdecode(b"p/a\xff"))
-    assert ends(lambda: run(SMALL + "p --limit 8", "named"), capsys) == (0, "")
-    assert evaluates(monkeypatch, capsys, "named", "--neighbors", "x.png") == (0, "")
-
-
 # ---------------------------------------------------------------------------- Wen & Li's simple setting
-# Two neurons f_j(X) = sum_p <w_j, X_p>^3 on four patches; the gradient flow of the population loss, to the time of 3 million
-# plain steps. The loss knows the data by the covariances of f alone, of degree 6 in X and known in closed form, and from w_1,
-# w_2 in R^d the gradient stays in span(v_1, v_2, w_1, w_2): ten numbers a start, w_1, w_2 in that basis, then E_12 and E_21.
-# A batch with the same covariances holds it to projhead's own OffDiagonal and bn_mse.
+# Two neurons f_j(X) = sum_p <w_j, X_p>^3 on four patches. The population loss knows the data by f's covariances, which
+# have a closed form, and its gradient flow from w_1, w_2 in R^64 stays in span(v_1, v_2, w_1, w_2): y (..., 10) holds
+# w_1, w_2 in that basis, then E_12 and E_21. A plain step is a time of WL_ETA, for the head too.
 
-WL, WL_DRAWN, WL_D, WL_ALPHA, WL_NOISE = 32, 256, 64, (2.5, 1.0), 0.4  # starts of each kind, d, alpha, noise per coordinate
-WL_ETA, WL_STEPS = 0.1, (100, 3000, 30_000, 300_000, 3_000_000)        # a plain step is a time of WL_ETA, for the head too
+WL, WL_DRAWN, WL_ALPHA, WL_NOISE = 32, 256, torch.tensor([2.5, 1.0], dtype=double), 0.4         # starts of each kind
+WL_ETA, WL_STEPS = 0.1, (3000, 30_000, 300_000, 3_000_000)
 WL_WITHOUT = ["nothing", "head", "stop-gradient", "normalization"]
 
 
-def wen_li_starts(seed):
-    """(WL + WL_DRAWN, 10): w_j ~ N(0, I/d); w_1 is the neuron that leads on v_1. First the separated, then any, as drawn."""
-    W = randn(6000, 2, WL_D, seed=seed) / WL_D ** 0.5
-    swap = W[:, 1, 0].abs() > W[:, 0, 0].abs()
-    W[swap] = W[swap].flip(1)
-    c = W[..., :2].abs() * WL_D ** 0.5                                           # 6000 x neuron x feature, each |N(0, 1)|
-    separated = ((c[:, 1, 0] < 0.5 * c[:, 0, 0])                                 # w_1 leads on v_1, by a factor of 2
-                 & (c[:, 1, 1] > 1) & (c[:, 1, 1] > 2 * c[:, 1, 0])              # w_2 is not too weak on v_2 ...
-                 & (c[..., 1] < 3.5 * c[..., 0]).all(1))                         # ... and v_1 still wins: about 3 % of the draws
+def wen_li_starts():
+    """(WL + WL_DRAWN, 10): w_j ~ N(0, I/64), w_1 the one that leads on v_1. First the separated, then any, as drawn."""
+    W = randn(6000, 2, 64) / 8
+    W = W.take_along_dim(W[..., :1].abs().argsort(dim=1, descending=True), dim=1)
+    c = 8 * W[..., :2].abs()                                    # 6000 x neuron x feature, each |N(0, 1)|
+    separated = (c[:, 1, 0] < 0.5 * c[:, 0, 0]) & (c[:, 1, 1] > 1) & (c[:, 1, 1] > 2 * c[:, 1, 0])
+    separated &= (c[..., 1] < 3.5 * c[..., 0]).all(1)           # v_1 still wins: about 3 % of the draws
     W = torch.cat([W[separated][:WL], W[:WL_DRAWN]])
     w = torch.cat([W[..., :2], torch.linalg.cholesky(W[..., 2:] @ W[..., 2:].mT)], dim=-1)
-    return F.pad(w.flatten(1), (0, 2))                                           # E = 0, the identity
+    return F.pad(w.flatten(1), (0, 2))                          # E = 0, the identity
 
 
 def wen_li_flow(y, without):
-    """dy/dt, minus the gradient of sum_j E (BN F_j(X1) - BN G_j(X2))^2 / 2, for y (..., 10)."""
-    def features(w, u):                                   # l is 1 or 2, with probability 1/2
-        return w[..., :2] ** 3 * torch.tensor(WL_ALPHA, dtype=double) ** 6 / 2 @ (u[..., :2] ** 3).mT
-
-    def own(w):                                           # E f_j(X1) f_k(X1); n of l's two patches are in X1: E n^2 = 4/3
-        R = WL_NOISE ** 2 * w[..., 2:] @ w[..., 2:].mT    # E <w_j, xi> <w_k, xi>
+    """dy/dt, minus the gradient of sum_j E (BN F_j(X1) - BN G_j(X2))^2 / 2. BN has no epsilon."""
+    def features(w, u):                     # half the samples have v_1, half v_2; n of its two patches are in X1 ...
+        return w[..., :2] ** 3 * WL_ALPHA ** 6 / 2 @ (u[..., :2] ** 3).mT
+    def own(w):                             # ... and E n^2 = 4/3, E n (2 - n) = 2/3; here E f_j(X1) f_k(X1)
+        R = WL_NOISE ** 2 * w[..., 2:] @ w[..., 2:].mT          # E <w_j, xi> <w_k, xi>; of their cubes 9 r r R + 6 R^3
         r = R.diagonal(dim1=-2, dim2=-1)
-        return 4 / 3 * features(w, w) + 9 * r[..., None] * r[..., None, :] * R + 6 * R ** 3      # E <w_j, xi>^3 <w_k, xi>^3
+        return 4 / 3 * features(w, w) + 9 * r[..., None] * r[..., None, :] * R + 6 * R ** 3
     y = y.detach().requires_grad_()
     w, E = y[..., :8].unflatten(-1, (2, 4)), y[..., 8:] * (without != "head")
     u = w if without == "stop-gradient" else w.detach()
-    H = torch.eye(2, dtype=double) + E.diag_embed().flip(-1)                     # ((1, E_12), (E_21, 1))
-    pp, pz, zz = (a.diagonal(dim1=-2, dim2=-1) for a in (H @ own(w) @ H.mT, H @ features(w, u) * 2 / 3, own(u)))     # E n (2 - n)
+    H = torch.eye(2, dtype=double) + E.diag_embed().flip(-1)    # ((1, E_12), (E_21, 1))
+    pp, pz, zz = (C.diagonal(dim1=-2, dim2=-1) for C in (H @ own(w) @ H.mT, H @ features(w, u) * 2 / 3, own(u)))
     loss = (pp + zz) / 2 - pz if without == "normalization" else 1 - pz * (pp * zz) ** -0.5
-    return -torch.autograd.grad(loss.sum(), y)[0]         # no epsilon in BN: 1e-5 would shrink w to nothing in a million steps
+    return -torch.autograd.grad(loss.sum(), y)[0]
 
 
 @functools.cache
-def wen_li(without, seed=0, tol=3e-3):
-    """y (n, starts, 10), a start's steps being its own, and {steps: y (starts, 10)} at WL_STEPS. By Rosenbrock's method,
-    ROS2, as E's rate is stiff, up to 800; the first-order y + h k1 tells the error of a step."""
-    y, I, gamma, at = wen_li_starts(seed), torch.eye(10, dtype=double), 1 - 0.5 ** 0.5, {}
-    t = torch.zeros(len(y), 1, dtype=double)
-    h, path = t + WL_ETA, [y]
+def wen_li(without):
+    """y (n, starts, 10), a start's steps being its own, and y (4, starts, 10) at WL_STEPS. By Rosenbrock's method ROS2,
+    as E's rate is stiff, up to 800; the first-order y + h k1 tells the error of a step."""
+    y, I, path, at = wen_li_starts(), torch.eye(10, dtype=double), [], []
+    t, h = 0 * y[:, :1], 0 * y[:, :1] + WL_ETA
     for steps in WL_STEPS:
         while (left := steps * WL_ETA - t).max() > 0:
             step = torch.minimum(h, left)
-            f = wen_li_flow(torch.cat([y[None], y + 1e-6 * I[:, None]]), without)        # at y, and beside it in ten directions
-            A = torch.linalg.lu_factor(I - gamma * step[..., None] * ((f[1:] - f[0]) / 1e-6).permute(1, 2, 0))
-            k1 = torch.linalg.lu_solve(*A, f[0][..., None])[..., 0]
-            k2 = torch.linalg.lu_solve(*A, (wen_li_flow(y + step * k1, without) - 2 * k1)[..., None])[..., 0]
-            error = (step * (k1 + k2) / 2).abs().amax(1, keepdim=True) / tol
+            f = wen_li_flow(torch.cat([y[None], y + 1e-6 * I[:, None]]), without)       # at y, and beside it
+            A = I - (1 - 0.5 ** 0.5) * step[..., None] * ((f[1:] - f[0]) / 1e-6).permute(1, 2, 0)
+            k1 = torch.linalg.solve(A, f[0])
+            k2 = torch.linalg.solve(A, wen_li_flow(y + step * k1, without) - 2 * k1)
+            error = (step * (k1 + k2) / 2).abs().amax(1, keepdim=True) / 3e-3
             good, longer = error <= 1, step * (0.8 * error ** -0.5).nan_to_num(0.2).clamp(0.2, 5)
             t, y = torch.where(good, t + step, t), torch.where(good, y + step * (1.5 * k1 + 0.5 * k2), y)
-            h = torch.where(good & (h >= left), torch.maximum(h, longer), longer)        # cut short here: h stays
+            h = torch.where(good & (h >= left), torch.maximum(h, longer), longer)       # cut short here: h stays
             path.append(y)
-            assert len(path) < 3000, "600 are usual"
-        at[steps] = y
-    return torch.stack(path), at
+        at.append(y)
+    return torch.stack(path), torch.stack(at)
 
 
 def wen_li_outcome(y):
-    """(starts,) each: one neuron is on v_1 and the other on v_2; both are on v_1, dimensional collapse."""
-    w = y[:, :8].unflatten(1, (2, 4))
+    """Whether one neuron is on v_1 and the other on v_2; whether both are on v_1, dimensional collapse."""
+    w = y[..., :8].unflatten(-1, (2, 4))
     norm = w.norm(dim=-1, keepdim=True)
-    on = (w[..., :2].abs() > 0.7 * norm) & (norm > 0.5)                          # neuron x feature
-    return on.any(1).all(1) & on.any(2).all(1), on[..., 0].all(1)
-
-
-def wen_li_batch(y, without):
-    """w, the head and projhead's loss on 384 samples: every l, sign, mask and noise once. Each two columns are their own problem."""
-    X, kept = [], []                                      # patches 0, 1 are z v_l; 2, 3 noise, orthogonal to v_1 and v_2
-    for l, z, mask, k, flip in itertools.product([0, 1], [1, -1], itertools.combinations(range(4), 2), range(8), [1, -1]):
-        a, b = (48 ** (1 / 6) * WL_NOISE * f(math.pi / 4 * k) for f in (math.cos, math.sin))     # 8 points on a circle have the ...
-        X.append([[z * WL_ALPHA[0] * (1 - l), z * WL_ALPHA[1] * l, 0, 0]] * 2 + [[0, 0, a, b], [0, 0, flip * a, flip * b]])
-        kept.append([[p in mask] for p in range(4)])      # ... moments of a Gaussian, up to the 6th: 48 E cos^6 = 15
-    X, kept, S = torch.tensor(X, dtype=double), torch.tensor(kept), len(y)
-    w, head = y[:, :8].reshape(-1, 4).requires_grad_(), projhead.OffDiagonal(2 * S).double()
-    head.mask *= torch.block_diag(*[torch.ones(2, 2)] * S) * (without != "head")         # masked all over, p = z
-    head.A.data = torch.block_diag(*y[:, 8:].diag_embed().flip(-1))
-
-    def loss():                                           # the mean over columns, times S: of each problem its own loss
-        z1, z2 = (1000 * (x @ w.T).pow(3).sum(dim=1) for x in (X * kept, X * ~kept))     # where bn_mse's epsilon is nothing
-        if without == "normalization":
-            return S * F.mse_loss(head(z1), z2.detach()) / 1000 ** 2
-        other = projhead.bn_mse(z2, head(z1)) if without == "stop-gradient" else 0
-        return S * (projhead.bn_mse(head(z1), z2) + other)                       # both: the gradient of ||BN p - BN z||^2
-    return w, head, loss
+    on = (w[..., :2].abs() > 0.7 * norm) & (norm > 0.5)         # neuron x feature
+    return on.any(-2).all(-1) & on.any(-1).all(-1), on[..., 0].all(-1)
 
 
 @pytest.mark.parametrize("without", WL_WITHOUT)
 def test_wen_li_flow_is_the_gradient_through_projhead(without):
-    y = wen_li_starts(0)[:40] + 0.1 * randn(40, 10)
-    w, head, loss = wen_li_batch(y, without)
-    loss().backward()
-    A = head.A.grad.view(40, 2, 40, 2)[range(40), :, range(40)]
-    assert A.diagonal(dim1=1, dim2=2).eq(0).all() and (A[:, 0, 1].ne(0).all() or without == "head")
-    torch.testing.assert_close(wen_li_flow(y, without), -torch.cat([w.grad.view(40, 8), A[:, [0, 1], [1, 0]]], dim=1),
-                               rtol=1e-6, atol=1e-8)
+    """On samples with these covariances: every feature, sign, noise and mask once."""
+    y, X1, X2 = (wen_li_starts()[:40] + 0.1 * randn(40, 10)).requires_grad_(), [], []
+    signs, masks = (1, -1), set(itertools.permutations([0, 0, 1, 1]))
+    for l, sign, k, flip, mask in itertools.product((0, 1), signs, range(8), signs, masks):
+        X, mask, angle = torch.zeros(4, 4, dtype=double), torch.tensor(mask)[:, None], math.pi / 4 * k
+        X[:2, l] = sign * WL_ALPHA[l]                           # patches 0 and 1; 2 and 3 are noise
+        X[2:, 2:] = 48 ** (1 / 6) * WL_NOISE * torch.tensor([math.cos(angle), math.sin(angle)], dtype=double)
+        X[3] *= flip                                            # 8 angles: a Gaussian's moments to 48 E cos^6 = 15
+        X1, X2 = X1 + [X * mask], X2 + [X * (1 - mask)]
+    p, z = ((torch.stack(X) @ y[:, :8].reshape(-1, 4).T).pow(3).sum(dim=1) for X in (X1, X2))   # two columns a start
+    A = torch.block_diag(*y[:, 8:].diag_embed().flip(-1)) * (without != "head")
+    p = torch.func.functional_call(projhead.OffDiagonal(80).double(), {"A": A}, p)
+    loss = F.mse_loss(p, z.detach()) if without == "normalization" else projhead.bn_mse(p, z)
+    loss = 40 * (loss + projhead.bn_mse(z, p) * (without == "stop-gradient"))   # which is a mean over columns
+    torch.testing.assert_close(wen_li_flow(y, without), -torch.autograd.grad(loss, y)[0], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("eta, steps, median, most, outcomes", [(0.1, 3000, 0.15, 0.4, 2), (0.01, 1000, 0.003, 0.02, 0)])
-def test_wen_li_flow_agrees_with_plain_steps(eta, steps, median, most, outcomes):
-    """SGD through projhead, from 8 separated starts and 16 as drawn; at 0.1 it is at its edge of stability, at 0.01 not."""
-    starts = range(WL - 8, WL + 16)
-    w, head, loss = wen_li_batch(wen_li_starts(0)[starts], "nothing")
-    optimizer = torch.optim.SGD([w, head.A], lr=eta)                             # no weight decay
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-    ours, plain = wen_li("nothing")[1][round(steps * eta / WL_ETA)][starts, :8], w.detach().view(-1, 8)
-    differ, (ours, _), (plain, _) = (ours - plain).abs().amax(dim=1), wen_li_outcome(ours), wen_li_outcome(plain)
-    print(f"\nat {eta}: w differs by {differ.median():.4f}, 90 % {differ.quantile(0.9):.4f}; both features in {ours.sum()}, {plain.sum()}")
-    assert differ.median() < median and differ.quantile(0.9) < most and (ours != plain).sum() <= outcomes
+def test_wen_li_flow_agrees_with_plain_steps():
+    y = wen_li_starts()
+    for _ in range(WL_STEPS[0]):
+        y = y + WL_ETA * wen_li_flow(y, "nothing")              # at their edge of stability
+    differ = (wen_li("nothing")[1][0] - y)[:, :8].abs().amax(dim=1)
+    print(f"\nafter {WL_STEPS[0]} plain steps w differs by {differ.median():.4f}, 90 % {differ.quantile(0.9):.4f}")
+    assert differ.median() < 0.05 and differ.quantile(0.9) < 0.3
 
 
 @pytest.mark.parametrize("without", WL_WITHOUT)
 def test_wen_li(without):
     """Head, stop-gradient and normalization together: both features, in time. Without any one of them: not."""
-    counts = torch.stack([torch.stack(wen_li_outcome(wen_li(without)[1][steps])) for steps in WL_STEPS[1:]])
-    (both, collapsed), (drawn, lost) = (counts[..., part].sum(-1).T.tolist() for part in (slice(WL), slice(WL, None)))
-    norm = wen_li(without)[0][-1, :, :8].unflatten(1, (2, 4)).norm(dim=-1)
-    print(f"\nwithout {without}, after {WL_STEPS[1:]} plain steps: both features in {both} of {WL} separated starts, {drawn} of "
+    y = wen_li(without)[1]
+    (both, drawn), (collapsed, lost) = ((part.sum(1).tolist() for part in outcome.split([WL, WL_DRAWN], dim=1))
+                                        for outcome in wen_li_outcome(y))
+    norm = y[-1, :, :8].unflatten(1, (2, 4)).norm(dim=-1)
+    print(f"\nwithout {without}, after {WL_STEPS} steps: both features in {both} of {WL} separated starts, {drawn} of "
           f"{WL_DRAWN} as drawn; both neurons on v_1 in {collapsed}, {lost}; |w| {norm.min():.2f} to {norm.max():.2f}")
-    if without == "nothing":                              # as drawn, it is a matter of time for most, though not for all
-        assert both[0] >= 22 and both[-1] >= 31 and collapsed[-1] == 0
-        assert drawn[0] <= 95 and all(b - a >= 10 for a, b in zip(drawn, drawn[1:])) and drawn[-1] >= 145 and lost[-1] <= 70
-    elif without == "normalization":                      # w shrinks, from 1: complete collapse
+    if without == "nothing":                                    # as drawn, it is a matter of time for most
+        assert both[0] >= 22 and both[-1] >= 31 and drawn[0] <= 95 and drawn[-1] >= 145 and drawn == sorted(drawn)
+    elif without == "normalization":                            # w shrinks, from 1: complete collapse
         assert both[-1] == drawn[-1] == 0 and norm.max() < 0.4
-    else:                                                 # time is of little help
-        assert both[-1] <= 1 and collapsed[-1] >= 30 and drawn[-1] - drawn[0] <= 30 and drawn[-1] <= 90 and lost[-1] >= 160
+    else:                                                       # time is of little help
+        assert collapsed[-1] >= 30 and lost[-1] >= 160 and drawn[-1] - drawn[0] <= 30
 
 
 def test_wen_li_the_head_leaves_the_identity_and_returns():
-    """Starts that collapse without the head and learn both features with it: E_21 grows until E_21 f_1 outweighs f_2 on v_1's
-    samples, which halts w_2 on v_1 and slows it less on v_2; so w_2 learns v_2 the faster, and E_21 goes back to 0."""
-    y, (both, collapsed) = wen_li("nothing")[0], wen_li_outcome(wen_li("nothing")[0][-1])
-    both_without, collapsed_without = wen_li_outcome(wen_li("head")[0][-1])
-    saved, harmed = (both & collapsed_without).nonzero().flatten(), (collapsed & both_without).sum()
-    y, n, S = y[:, saved], range(len(saved)), (saved < WL).sum()                 # the first S are separated
-    assert S >= 30 and len(saved) - S >= 75 and harmed <= 2
-    k = y[-1, :, [1, 5]].abs().argmax(dim=1)                                     # the neuron that takes v_2, mostly w_2
-    E, at = y[:, n, 8 + k].abs().max(dim=0)
-    peak, end = y[at, n], y[-1, :, 8:].abs().max()
-    outweighs = E * (peak[n, 4 - 4 * k] / peak[n, 4 * k]).abs() ** 3 > 1         # |E_21 f_1| > |f_2| where l = 1
-    rate, alone = ((wen_li_flow(a, "nothing") * peak.sign()).unflatten(1, (5, 2))[n, 2 * k]      # of |<w_2, v_1>|, |<w_2, v_2>|
-                   for a in (peak, F.pad(peak[:, :8], (0, 2))))                                  # with E, and without it
-    slowed, faster = (rate / alone).median(dim=0).values, [(a[:, 1] > a[:, 0]).double().mean() for a in (rate, alone)]
-    print(f"\nsaved {S} of {WL} separated starts, {len(saved) - S} of {WL_DRAWN} as drawn, harmed {harmed}; |E_21| up to {E.min():.3f} "
-          f"to {E.max():.3f}, the last |E| {end:.0e}; outweighs f_2 in {outweighs[:S].sum()}, {outweighs[S:].sum()}; w_2's rates on v_1, "
-          f"v_2 times {slowed[0]:.0e}, {slowed[1]:.2f}, v_2's the higher in {faster[0]:.0%} where {faster[1]:.0%} without E")
-    assert E.min() > 0.02 and end < 0.02 and outweighs[:S].sum() >= 27 and outweighs.double().mean() > 0.7
-    assert slowed[0] < 0.01 < 0.05 < slowed[1] and faster[0] > 0.95 and faster[1] < 0.6
+    """In starts that collapse without the head, and learn both features with it."""
+    path, at = wen_li("nothing")
+    saved = wen_li_outcome(at[-1])[0] & wen_li_outcome(wen_li("head")[1][-1])[1]
+    E, separated, drawn = path[:, saved, 8:].abs().amax(dim=2), saved[:WL].sum(), saved[WL:].sum()
+    most, last = E.amax(dim=0), E[-1].max()
+    print(f"\n{separated} of {WL} separated starts, {drawn} of {WL_DRAWN} as drawn; |E| up to {most.min():.3f} to "
+          f"{most.max():.3f}, the last {last:.0e}")
+    assert separated >= 30 and drawn >= 75 and most.min() > 0.02 and last < 0.02
 
 
 # ---------------------------------------------------------------------------- what README.md and others rely on

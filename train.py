@@ -20,7 +20,6 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
-import datetime
 import functools
 import hashlib
 import inspect
@@ -42,10 +41,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 import projhead
 from projhead import ENCODERS, HEADS, LOSSES, NORMS, PREDICTORS, fit_head, sparsity, unroll_head
-
-RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (            # torchrun sets these, and MASTER_ADDR
-    int(os.environ.get(name, default)) if "MASTER_ADDR" in os.environ else default
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
 
 
 # ---------------------------------------------------------------------------- the method
@@ -121,8 +116,10 @@ def train(args) -> None:
     per_epoch = len(images) // N                        # the last short batch is left out, another one each epoch
     model = build(args, device)
     theta, phi = optimizers(model, args)
-    run = start_run(args, images, modules(model) | {"theta": theta, "phi": phi}, per_epoch, device)
-    peak, losses, since, steps = args.lr * N / 256, [], time.perf_counter(), range(run.step, run.total)
+    parts = {"encoder": model.f, "head": model.g, "predictor": model.q, "theta": theta, "phi": phi}
+    parts |= {"target": model.target} if model.target else {}
+    run = start_run(args, images, parts, per_epoch, device)
+    peak, steps = args.lr * N / 256, range(run.step, run.total)
     with signals() as caught:
         for step, (x, other) in zip(steps, two_views(images, args, steps, per_epoch, N, device)):
             lr = learning_rate(step, run.total, peak, args.warmup)
@@ -131,16 +128,19 @@ def train(args) -> None:
             h, loss, inner = train_step(x, model, theta, phi, args, other)
             if model.target:                            # from --ema at the start to 1 at the end
                 follow(model, 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / run.total)) / 2)
-            losses.append(torch.stack([loss, loss if inner is None else inner]))
-            ended, stopped = (step + 1) % per_epoch == 0, first_signal(caught)
-            if ended or stopped or len(losses) % 100 == 0:      # a look makes the host wait for a GPU
-                means = look(losses, step + 1, args)
+            run.losses.append(torch.stack([loss, loss if inner is None else inner]))
+            done, stopped = step + 1, first_signal(caught)
+            ended = done % per_epoch == 0
             if ended:
-                end_epoch(run, step + 1, lr, means, h, model, time.perf_counter() - since)
-                losses, since = [], time.perf_counter()
-            if stopped or step + 1 == run.total or time.perf_counter() - run.saved > (30 if ended else 300):
-                save(run, step + 1)
-            tell(run, step + 1, stopped)
+                end_epoch(run, done, lr, h, model)
+            elif stopped or len(run.losses) % 100 == 0:         # a look makes the host wait for a GPU
+                look(run, done)
+            if stopped or done == run.total or time.perf_counter() - run.saved > (30 if ended else 300):
+                save(run, done)
+            if stopped and done < run.total:
+                note(f"stopped after step {done} of {run.total}; this continues: {command()}")
+                raise SystemExit(128 + stopped)
+            tell(run, done)
     say(f"finished. Look at it: python eval.py {shlex.quote(args.out)}")
 
 
@@ -185,11 +185,9 @@ def parser() -> Parser:
     add("--inner-start", choices=["warm", "reset"], help="at the last heads or at the run's first (default: warm)")
     add("--inner-gradient", choices=["envelope", "unrolled"],
         help="the encoder's: at the fitted heads, or through K plain steps (default: envelope)")
-    add("--sparsity", type=number(float, 0, 1e30), metavar="LAMBDA",
-        help="weight of the sparsity penalty; 0: off (default: 0; --head sparse: 0.1)")
+    add("--sparsity", type=number(float, 0, 1e30), metavar="LAMBDA", help="(default: 0: off; --head sparse: 0.1)")
     add("--sparsity-norm", choices=NORMS, help="its norm; the functions are in projhead.py (default: l21)")
-    add("--predictor", choices=["none", *PREDICTORS], default="none",
-        help="prediction head; none: a loss between z's; identity: p = z (default: none)")
+    add("--predictor", choices=["none", *PREDICTORS], default="none", help="none: a loss between z's (default: none)")
     add("--predictor-lr", type=factor, help="its learning rate, times the encoder's (default: 1; offdiag: 10)")
     add("--predictor-schedule", choices=["cosine", "constant"], help="constant is SimSiam's (default: cosine)")
     add("--target", choices=["stopgrad", "ema"], help="p's target: SimSiam's or BYOL's (default: stopgrad)")
@@ -218,94 +216,84 @@ def parser() -> Parser:
     return p
 
 
-def defaults(args) -> dict:
-    """What the other flags are where they are not given; some follow from those above them.
+def dependent(args):
+    """Flags that depend on others: (flag, default, whether it has a meaning here, why not). `parse_args` sets each
+    before it asks for the next, which may depend on it.
 
     Learning rate, momentum, decay, batch, temperature and augmentation are simclr-cifar10's for 100 epochs [code], but
     for shapes; the rest is ours [reading].
     """
-    paired, shapes, small = args.predictor != "none", args.dataset == "shapes", str(args.encoder).startswith("convnet")
-    head, predictor, inner = trainable(HEADS, args.head), trainable(PREDICTORS, args.predictor), args.inner_steps
-    return dict(
-        head="mlp" if paired else "parametric",
-        encoder="convnet" if shapes else "resnet18",
-        loss="infonce" if not paired else "bn" if args.predictor in ("identity", "offdiag") else "cosine",
-        target="stopgrad" if paired else None,
-        ema=0.99 if args.target == "ema" else None,
-        tau=0.5 if args.loss == "infonce" else None,
-        head_lr=1.0 if head else None,
-        predictor_lr=(10.0 if args.predictor == "offdiag" else 1.0) if predictor else None,
-        predictor_schedule="cosine" if predictor else None,
-        inner_steps=2 if args.head == "parametric" else 0,
-        inner_batch="same" if inner else None, inner_start="warm" if inner else None,
-        inner_gradient="envelope" if inner else None,
-        projector_bn="yes" if paired and args.loss != "bn" else "no",
-        sparsity=0.1 if args.head == "sparse" else 0.0,
-        sparsity_norm="l21" if args.sparsity else None,
-        dim=128 if head else None, hidden=None, depth=2 if takes(args.head, "depth") else None,
-        data=None if shapes else "data", image_size=SIZES[args.dataset],
-        epochs=(8 if shapes else 20) if small else 100, batch_size=256 if small else 512,
-        crop_scale=0.5 if shapes else 0.2, hue=0.5 if shapes else 0.1,
-    )
-
-
-def trainable(kinds: dict, name: str) -> bool:
-    return name in kinds and any(True for _ in kinds[name](8).parameters())
-
-
-def takes(head: str, size: str) -> bool:
-    return head in HEADS and size in inspect.signature(HEADS[head]).parameters
+    paired, shapes = args.predictor != "none", args.dataset == "shapes"
+    yield "head", "mlp" if paired else "parametric", True, ""
+    yield "encoder", "convnet" if shapes else "resnet18", True, ""
+    head, sizes = list(HEADS[args.head](8).parameters()), inspect.signature(HEADS[args.head]).parameters
+    predictor, small = paired and list(PREDICTORS[args.predictor](8).parameters()), args.encoder.startswith("convnet")
+    default = "infonce" if not paired else "bn" if args.predictor in ("identity", "offdiag") else "cosine"
+    yield "loss", default, paired or args.loss not in ("cosine", "bn"), f"{args.loss} needs a --predictor"
+    yield "target", "stopgrad", paired, "only a prediction has a target: add --predictor mlp"
+    yield "ema", 0.99, args.target == "ema", "needs --target ema"
+    yield "tau", 0.5, args.loss == "infonce", f"the loss {args.loss} has no temperature"
+    yield "head_lr", 1.0, head, f"nothing to train in --head {args.head}"
+    nothing = f"nothing to train in --predictor {args.predictor}"
+    yield "predictor_lr", 10.0 if args.predictor == "offdiag" else 1.0, predictor, nothing
+    yield "predictor_schedule", "cosine", predictor, nothing
+    yield "inner_steps", 2 if args.head == "parametric" else 0, True, ""
+    yield "inner_batch", "same", args.inner_steps, "needs --inner-steps K"
+    yield "inner_start", "warm", args.inner_steps, "needs --inner-steps K"
+    yield "inner_gradient", "envelope", args.inner_steps, "needs --inner-steps K"
+    yield "projector_bn", "yes" if paired and args.loss != "bn" else "no", True, ""
+    yield "sparsity", 0.1 if args.head == "sparse" else 0.0, True, ""
+    yield "sparsity_norm", "l21", args.sparsity, "needs --sparsity LAMBDA or --head sparse"
+    yield "dim", 128 if head else None, "d" in sizes, f"--head {args.head} has the encoder's width"
+    yield "depth", 2, "depth" in sizes, f"--head {args.head} has a fixed number of layers"
+    yield "hidden", None, "hidden" in sizes and args.depth != 1, f"--head {args.head} has no hidden layer"
+    yield "data", "data", not shapes, "shapes are drawn, not read: name a --dataset"
+    yield "image_size", SIZES[args.dataset], True, ""
+    yield "epochs", (8 if shapes else 20) if small else 100, True, ""
+    yield "batch_size", 256 if small else 512, True, ""
+    yield "crop_scale", 0.5 if shapes else 0.2, True, ""
+    yield "hue", 0.5 if shapes else 0.1, True, ""
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """The arguments, with their defaults. Raises UserError where they clash."""
     args = parser().parse_args(argv)
-    given = {flag for flag, value in vars(args).items() if value is not None}
-    for flag in defaults(args):                         # each anew: some follow from those before them
+    for flag, default, meant, why in dependent(args):
         if getattr(args, flag) is None:
-            setattr(args, flag, defaults(args)[flag])
-    head, predictor = trainable(HEADS, args.head), trainable(PREDICTORS, args.predictor)
-    unrolled, frozen = args.inner_gradient == "unrolled", not args.head_lr and not args.predictor_lr
-    for clash, refused, why in (
-            (args.predictor == "none" and args.loss in ("cosine", "bn"), "loss", f"{args.loss} needs a --predictor"),
-            (args.predictor == "none", "target", "only a prediction has a target: add --predictor mlp"),
-            (args.target != "ema", "ema", "needs --target ema"),
-            (args.loss != "infonce", "tau", f"the loss {args.loss} has no temperature"),
-            (not head, "head_lr", f"nothing to train in --head {args.head}"),
-            (not predictor, "predictor_lr predictor_schedule", f"nothing to train in --predictor {args.predictor}"),
-            (not args.inner_steps, "inner_batch inner_start inner_gradient", "needs --inner-steps K"),
-            (unrolled and args.inner_batch == "other", "inner_batch", "no gradient passes through the other batch"),
-            (unrolled and RANKS > 1, "inner_gradient", "unrolled runs in one process only"),
-            (args.inner_steps and frozen, "inner_steps", "there is no trainable head to fit"),
-            (args.inner_steps and frozen, "head_lr", "a frozen head cannot be fitted: add --inner-steps 0"),
-            (args.sparsity and not head, "sparsity", f"--head {args.head} has no weights to make sparse"),
-            (args.sparsity and not args.head_lr, "sparsity head_lr", "a frozen head cannot become sparse"),
-            (not args.sparsity, "sparsity_norm", "needs --sparsity LAMBDA or --head sparse"),
-            (not takes(args.head, "d"), "dim", f"--head {args.head} has the encoder's width"),
-            (not takes(args.head, "hidden"), "hidden", f"--head {args.head} has no hidden layer"),
-            (args.depth == 1, "hidden", "a head of --depth 1 has no hidden layer"),
-            (not takes(args.head, "depth"), "depth", f"--head {args.head} has a fixed number of layers"),
-            (args.dataset != "folder", "image_size", f"{args.dataset} has images of {SIZES[args.dataset]} px"),
-            (args.dataset == "shapes", "data", "shapes are drawn, not read: name a --dataset")):
-        for flag in given.intersection(refused.split()) if clash else ():
+            setattr(args, flag, default if meant else None)
+        elif not meant:
             raise UserError(f"--{flag.replace('_', '-')}: {why}")
+    unrolled = args.inner_gradient == "unrolled"
+    for clash, why in (
+            (args.inner_steps and not args.head_lr and not args.predictor_lr,
+             "--inner-steps: there is no trainable head to fit: add --inner-steps 0"),
+            (unrolled and args.inner_batch == "other", "--inner-batch: no gradient passes through the other batch"),
+            (unrolled and RANKS > 1, "--inner-gradient: unrolled runs in one process only"),
+            (args.sparsity and not args.head_lr, f"--sparsity: --head {args.head} has no weights that train"),
+            (args.dataset != "folder" and args.image_size != SIZES[args.dataset],
+             f"--image-size: {args.dataset} has images of {SIZES[args.dataset]} px")):
+        if clash:
+            raise UserError(why)
     args.data = args.data and os.path.abspath(args.data)        # so that a run finds its images from anywhere
     args.device = args.device or default_device()
-    if not args.out:
-        name = [args.dataset, args.encoder, args.head] + ([] if args.predictor == "none" else [args.predictor])
-        if args.dataset == "folder":
-            name.insert(1, os.path.basename(args.data))
-        named = ("--dataset", "--encoder", "--head ", "--predictor ", "--seed")
-        name += [words.strip("-").replace(" ", "") for words in flags(args) if not words.startswith(named)]
-        args.out = os.path.join("runs", "-".join([*name, f"seed{args.seed}"]))
+    args.out = args.out or os.path.join("runs", name_of(args))
     return args
 
 
 def flags(args) -> list[str]:
     """The flags, "--name value" each, that make these arguments: those that differ from their defaults."""
-    usual = vars(parser().parse_args([])) | defaults(args)
+    usual = vars(parser().parse_args([])) | {flag: default for flag, default, meant, _ in dependent(args) if meant}
     return [f"--{flag.replace('_', '-')} {value}" for flag, value in vars(args).items()
             if flag not in PLACES and value != usual[flag]]
+
+
+def name_of(args) -> str:
+    """NAME of runs/NAME: what is trained on what, the other flags that differ from their defaults, the seed."""
+    data = f"folder-{os.path.basename(args.data)}" if args.dataset == "folder" else args.dataset
+    first = [data, args.encoder, args.head, *([args.predictor] if args.predictor != "none" else [])]
+    others = [words.strip("-").replace(" ", "") for words in flags(args)
+              if words.split()[0] not in ("--dataset", "--encoder", "--head", "--predictor", "--seed")]
+    return "-".join([*first, *others, f"seed{args.seed}"])
 
 
 def default_device() -> str:
@@ -376,7 +364,7 @@ def load_folder(root: Path, train: bool, size: int, limit: int | None) -> tuple[
     found += [(str(f), -1) for f in base.iterdir() if f.name.lower().endswith(IMG_EXTENSIONS)]
     found = sorted((zlib.crc32(os.path.relpath(path, base).encode(errors="replace")), path, i) for path, i in found)
     if not test:                                        # by name: no image changes sides when others come or go
-        found = [image for image in found if (image[0] // 7 % 5 == 0) != train]
+        found = [(crc, path, i) for crc, path, i in found if (crc // 7 % 5 == 0) != train]
     if not found:
         raise UserError(f"no images ({' '.join(IMG_EXTENSIONS)}) in {base} to {'train' if train else 'test'} on")
     found = found[:limit]                               # in the order of a hash, so of all classes
@@ -443,7 +431,7 @@ def two_views(images, args, steps: range, per_epoch: int, N: int, device):
     def views(chosen, g):
         part = chosen[RANK * N // RANKS:][:N // RANKS]
         batch = to_device(images[to_device(part, images.device)], device)
-        x = [augment(batch, g, args.crop_scale, args.hue, args.grayscale, RANK, RANKS) for _ in "12"]
+        x = [augment(batch, g, args.crop_scale, args.hue, args.grayscale, RANK, RANKS) for view in (1, 2)]
         return torch.cat(x).contiguous(memory_format=torch.channels_last)
     for step in steps:
         epoch, i = divmod(step, per_epoch)
@@ -617,27 +605,19 @@ def build(args, device="cpu") -> Model:
     """The untrained networks of these arguments, a function of args.seed. UserError for a width that cannot be."""
     torch.manual_seed(args.seed)
     f = projhead.encoder(args.encoder, args.image_size)
-    sizes = {size: getattr(args, flag) for flag, size in (("dim", "d"), ("hidden", "hidden"), ("depth", "depth"))
-             if getattr(args, flag)}
+    sizes = {"d": args.dim, "hidden": args.hidden, "depth": args.depth}
     try:
-        g = HEADS[args.head](f.dim, **sizes)
+        g = HEADS[args.head](f.dim, **{size: value for size, value in sizes.items() if value})
     except ValueError as e:
         raise UserError(f"--dim {args.dim}: {e}") from None
     d = g.eval()(torch.zeros(1, f.dim)).shape[1]                # of z
-    g.train()
     if args.projector_bn == "yes":
         g = nn.Sequential(g, nn.BatchNorm1d(d, affine=False))
     q = nn.Identity() if args.predictor == "none" else PREDICTORS[args.predictor](d)
-    f, g, q = (projhead.synchronized(module.to(device)) for module in (f, g, q))
+    f, g, q = (projhead.synchronized(module.to(device)).train() for module in (f, g, q))
     f = f.to(memory_format=torch.channels_last)
     target = copy.deepcopy(nn.Sequential(f, g)).requires_grad_(False) if args.target == "ema" else None
     return Model(f, g, q, target, [p.detach().clone() for p in nn.ModuleList([g, q]).parameters()])
-
-
-def modules(model: Model) -> dict[str, nn.Module]:
-    """The networks by their names in a checkpoint."""
-    named = {"encoder": model.f, "head": model.g, "predictor": model.q, "target": model.target}
-    return {name: module for name, module in named.items() if module is not None}
 
 
 def optimizers(model: Model, args) -> list[torch.optim.SGD]:
@@ -648,24 +628,17 @@ def optimizers(model: Model, args) -> list[torch.optim.SGD]:
     q["constant"] = args.predictor_schedule == "constant"
     if args.predictor == "offdiag":
         q["weight_decay"] = 0.0                                 # decay alone would bring the head back to the identity
-    made, fused = [], next(model.f.parameters()).is_cuda
-    for groups in ([f], [g, q]):
-        optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused)
-        for p in parameters(optimizer):
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        if RANKS > 1:
-            optimizer.register_step_pre_hook(average_gradients)
-        made.append(optimizer)
-    return made
-
-
-def parameters(optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    fused = next(model.f.parameters()).is_cuda
+    both = [torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused)
+            for groups in ([f], [g, q])]
+    for optimizer in both if RANKS > 1 else ():
+        optimizer.register_step_pre_hook(average_gradients)
+    return both
 
 
 @torch.no_grad()
 def follow(model: Model, momentum: float) -> None:
-    """BYOL's moving average of the parameters. BatchNorm's buffers are the copy's own: it too runs in train mode."""
+    """BYOL's moving average of the parameters; BatchNorm's buffers are the copy's own, which is in train mode too."""
     for p, fast in zip(model.target.parameters(), nn.Sequential(model.f, model.g).parameters()):
         p.lerp_(fast, 1 - momentum)
 
@@ -682,8 +655,8 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A new file beside `path`: at the end it is synced to disk and takes that name; after an error it goes. Raises
-    UserError where it cannot be written, as on a full disk."""
+    """A new file beside `path` that takes its name at the end, synced to disk; after an error `path` is as it was.
+    Raises UserError where it cannot be written, as on a full disk."""
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -692,12 +665,11 @@ def replacing(path: Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}; what it held before is as it was") from None
+    finally:
+        with contextlib.suppress(OSError):                      # it is there only after an error
             temporary.unlink()
-        if isinstance(e, OSError):
-            raise UserError(f"cannot write {path}: {e.strerror}; what it held before is as it was") from None
-        raise
 
 
 @contextlib.contextmanager
@@ -712,19 +684,20 @@ def ours(path: Path):
 
 
 def start_run(args, images: Tensor, parts: dict, per_epoch: int, device) -> argparse.Namespace:
-    """A run at .step of .total: as its checkpoint has it, or a new one, saved at once. Its .log holds the lines of
+    """A run at .step of .total: continued from its checkpoint, or new and saved at once. .log holds the lines of
     metrics.jsonl. parts: what has a state dict, by its name in a checkpoint. Raises UserError."""
-    out, now, crc = Path(args.out), time.perf_counter(), zlib.crc32(images.cpu().numpy())
+    out, now = Path(args.out), time.perf_counter()
     file, log = out / "checkpoint.pt", out / "metrics.jsonl"
-    run = argparse.Namespace(args=args, out=out, parts=parts, images=[len(images), crc], per_epoch=per_epoch, step=0,
-                             total=args.epochs * per_epoch, began=now, said=now, saved=now)
-    if RANK == 0 and log.exists() and not file.exists():
-        raise UserError(f"--out {out} holds a metrics.jsonl without a checkpoint: choose another")
+    run = argparse.Namespace(args=args, out=out, parts=parts, images=[len(images), zlib.crc32(images.cpu().numpy())],
+                             per_epoch=per_epoch, step=0, total=args.epochs * per_epoch, losses=[],
+                             began=now, epoch_began=now, said=now, saved=now)
     found = [None, None]
     if RANK == 0 and file.exists():
         with ours(file):
-            found[0] = torch.load(file, map_location="cpu", weights_only=True)
-            found[1] = found[0]["args"] | {"images": found[0]["images"]}
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            found = [checkpoint, checkpoint["args"] | {"images": checkpoint["images"]}]
+    elif RANK == 0 and log.exists():
+        raise UserError(f"--out {out} holds a metrics.jsonl without a checkpoint: choose another")
     if RANKS > 1:
         dist.broadcast_object_list(found)                       # the first process knows
     old, there = found
@@ -758,21 +731,22 @@ def save(run, step: int) -> None:
     if not all(t.isfinite().all() for name in states.keys() - {"theta", "phi"} for t in states[name].values()):
         raise diverged("a weight or a BatchNorm's statistic is not finite", step, run.args)
     if RANK == 0:
-        torch.save({"args": vars(run.args), "step": step, "images": run.images, **states}, buffer := io.BytesIO())
+        buffer = io.BytesIO()
+        torch.save({"args": vars(run.args), "step": step, "images": run.images, **states}, buffer)
         with replacing(run.out / "checkpoint.pt") as file:
             file.write(buffer.getbuffer())
     run.saved = time.perf_counter()
 
 
-def look(losses: list[Tensor], step: int, args) -> list[float]:
+def look(run, step: int) -> list[float]:
     """The means of [loss, inner loss] over the epoch's steps so far. Raises UserError for one that is not finite."""
-    values = torch.stack(losses).cpu()                          # this waits for a GPU
+    values = torch.stack(run.losses).cpu()                      # this waits for a GPU
     if RANKS > 1:
         dist.all_reduce(values)
         values /= RANKS
-    for i, loss in enumerate(values[:, 0].tolist(), step + 1 - len(losses)):
+    for i, loss in enumerate(values[:, 0].tolist(), step + 1 - len(values)):
         if not math.isfinite(loss):
-            raise diverged(f"the loss is {loss}", i, args)
+            raise diverged(f"the loss is {loss}", i, run.args)
     return values.mean(dim=0).tolist()
 
 
@@ -781,46 +755,46 @@ def diverged(what: str, step: int, args) -> BaseException:
                                 f"{' or --sparsity' * bool(args.sparsity)}; {args.out} keeps what was saved before"))
 
 
-def end_epoch(run, step: int, lr: float, means: list[float], h: Tensor, model: Model, seconds: float) -> None:
-    """Measure the last batch, add a line to metrics.jsonl and print it. README.md explains the keys."""
-    args = run.args
+def end_epoch(run, step: int, lr: float, h: Tensor, model: Model) -> None:
+    """Measure the epoch and its last batch, add a line to metrics.jsonl and print it. README.md explains the keys."""
+    args, (loss, inner) = run.args, look(run, step)
+    seconds = time.perf_counter() - run.epoch_began
     with torch.no_grad():
         z = model.g.eval()(h)
         model.g.train()
     h, z = projhead.gather(h), projhead.gather(z)
     if not (h.isfinite().all() and z.isfinite().all()):
         raise diverged("h or z is not finite", step, args)
-    line = {"epoch": step // run.per_epoch, "step": step, "loss": means[0], "lr": lr}
-    for name, features in (("h", h), ("z", z)):
-        line |= {f"rank_{name}": projhead.effective_rank(features), f"spread_{name}": projhead.spread(features)}
+    line = {"epoch": step // run.per_epoch, "step": step, "loss": loss, "lr": lr,
+            "rank_h": projhead.effective_rank(h), "rank_z": projhead.effective_rank(z),
+            "spread_h": projhead.spread(h), "spread_z": projhead.spread(z),
+            "seconds": seconds, "views_per_s": len(h) * len(run.losses) / seconds}
     if args.inner_steps:
-        line["inner_loss"] = means[1]
+        line["inner_loss"] = inner
     if args.predictor == "offdiag":
         line["offdiag"] = model.q.E.norm().item()
     if args.predictor == "linear":
-        line["moved"] = (model.q.weight.detach() - model.start[-1]).norm().item()
+        line["moved"] = (model.q.weight.detach() - model.start[-1]).norm().item()       # since the start
     if args.sparsity:
         line["penalty"] = sparsity(model.g, args.sparsity_norm).item()
         line["pruned"] = projhead.fraction_pruned(model.g, h)
-    line |= {"seconds": seconds, "views_per_s": len(h) * min(run.per_epoch, step - run.step) / seconds}
-    line |= peak_memory(h.device)
+    if h.is_cuda:
+        line["memory"] = torch.cuda.max_memory_allocated(h.device) / 2**30
     run.log.append(json.dumps({key: round(value, 6) for key, value in line.items()}))
     if RANK == 0:
         with replacing(run.out / "metrics.jsonl") as file:
             file.write("".join(line + "\n" for line in run.log).encode())
     shown = {key: line[key] for key in ("loss", "rank_h", "rank_z", "offdiag", "pruned", "views_per_s") if key in line}
     say(f"epoch {line['epoch']}/{args.epochs}  " + "  ".join(f"{key} {value:.5g}" for key, value in shown.items()))
+    run.losses, run.epoch_began = [], time.perf_counter()
 
 
-def tell(run, step: int, stopped: int) -> None:
-    """Once a minute how far the run is; after a signal how it continues, and SystemExit."""
+def tell(run, step: int) -> None:
+    """Once a minute, how far the run is."""
     now = time.perf_counter()
-    if stopped and step < run.total:
-        note(f"stopped after step {step} of {run.total}; this continues: {command()}")
-        raise SystemExit(128 + stopped)
     if now - run.said > 60:
-        eta = datetime.timedelta(seconds=int((now - run.began) / (step - run.step) * (run.total - step)))
-        say(f"step {step}/{run.total}  ETA {eta}")
+        left = (now - run.began) / (step - run.step) * (run.total - step) / 60
+        say(f"step {step}/{run.total}, {left:.0f} minutes left")
         run.said = now
 
 
@@ -828,19 +802,12 @@ def command() -> str:
     return shlex.join((["torchrun", "--nproc-per-node", str(LOCAL_RANKS)] if RANKS > 1 else ["python"]) + sys.argv)
 
 
-def peak_memory(device) -> dict:
-    """{memory: GiB that the device, or on a CPU this process, has held at most}, where the system says."""
-    if device.type == "cuda":
-        return {"memory": torch.cuda.max_memory_allocated(device) / 2**30}
-    try:
-        import resource                                         # not on Windows
-        unit = 2**30 if sys.platform == "darwin" else 2**20
-        return {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
-    except ImportError:
-        return {}
-
-
 # ---------------------------------------------------------------------------- several processes, signals, the terminal
+
+RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (            # torchrun sets these, and MASTER_ADDR
+    int(os.environ.get(name, default)) if "MASTER_ADDR" in os.environ else default
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+
 
 def join(args) -> torch.device:
     """This process's device; under torchrun it joins the others, by nccl on GPUs and gloo on CPUs. Raises UserError."""
@@ -869,7 +836,7 @@ def everywhere(error: UserError) -> BaseException:
 
 def average_gradients(optimizer, *_) -> None:
     """Before each step of an optimizer: its gradients become their means over the processes, in one message."""
-    gradients = [p.grad for p in parameters(optimizer) if p.grad is not None]
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if gradients:
         mean = torch.cat([g.flatten() for g in gradients]) / RANKS
         dist.all_reduce(mean)
