@@ -475,10 +475,9 @@ def many_table(runs: list, question: dict, columns: list[str] | None, taps: bool
 # ---------------------------------------------------------------------------- pictures
 
 def letter(draw, x, y, width, text, align=0.0, size=12) -> None:
-    """Draw text below y, between x and x + width, at the left (align 0) or in the middle (0.5). What is too wide is
-    cut. Pillow's font has the letters of ASCII only: anything else becomes "?"."""
+    """Draw text below y, between x and x + width, at the left (align 0) or in the middle (0.5); cut where too wide."""
     from PIL import ImageFont
-    font, text = ImageFont.load_default(size), text[:300].encode("ascii", "replace").decode()
+    font = ImageFont.load_default(size)
     while text and font.getlength(text) > width:
         text = text[:-1]
     draw.text((x + align * (width - font.getlength(text)), y), text, fill="black", font=font)

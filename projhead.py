@@ -129,11 +129,9 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, start: list[
     /dtheta = dL/dtheta there (the envelope theorem): no implicit differentiation. Before phi* that drops a term, which
     unroll_head has. Behind a stop-gradient both levels do not minimize one L, and the inner steps are a heuristic.
 
-    Which L? If the population's, alternating and joint descent share their minimizers: only the path differs. Where phi
-    already is, 2 steps on a batch are nearly joint training (cosine of dL/dtheta with that before them: 0.98), 20 are
-    not (0.36): they fit phi to the batch that they see, the step's own or another, and raise the loss of others. From
-    the run's first phi 2 steps are far from it too (0.50). A test prints these. InfoNCE is free of the last layer's
-    scale, so with weight decay on phi L + decay has no minimizer. Needs _restart.
+    If L is the population's, alternating and joint descent share their minimizers: only the path differs. On a batch 2
+    steps from where phi is are nearly joint training; 20 fit phi to the batch that they see (a test prints how far).
+    InfoNCE is free of the last layer's scale, so with weight decay on phi L + decay has no minimizer. Needs _restart.
     """
     _restart(optimizer, steps, start)
     for _ in range(steps):
@@ -185,10 +183,10 @@ class SparseHead(MLP):
 
         L = L_ssl + lambda * head.penalty()  [reading]
 
-    In the paper SparseHead is the term alone, and it can be added to any SSL method [paper]: `sparsity` does that for
-    any head. Its form is not known to us. Ours is a norm of the first layer's weight (out, D). The default pushes whole
-    columns, one for each input feature, towards zero [reading]: the paper assumes that only a subset of features is
-    necessary to minimize a mini-batch's loss [paper]. Needs MLP, sparsity.
+    In the paper SparseHead is the term alone, which adds to any SSL method [paper]: `sparsity`, for any head. Its form
+    is not known to us. Ours is a norm of the first layer's weight, whose default pushes whole columns, one for each
+    input feature, towards zero [reading]: the paper assumes that only a subset of features is necessary to minimize a
+    mini-batch's loss [paper]. Needs MLP, sparsity.
     """
 
     def penalty(self, norm: str = "l21") -> Tensor:
@@ -199,11 +197,10 @@ class SparseHead(MLP):
 def sparsity(head: nn.Module, norm: str = "l21") -> Tensor:
     """R(W), a scalar >= 0, of the first linear layer W (out, in) of any head; norm is a key of NORMS. [reading]
 
-    "l21" is sum_i ||W_:,i|| / ||W||_F over input features i: 1 to sqrt(in), NaN where W is 0. The division makes it
-    free of W's scale: without it ("l21-plain", the group lasso) shrinking all of W lowers the penalty, and costs
-    nothing where a normalization follows. R is not a function of the network: feature i of h times s and column i of W
-    over s leave z as it is and change R; the gain of the encoder's last BatchNorm can do that. Raises ValueError for
-    another norm, or where the head has no linear layer. Needs NORMS, first_weight.
+    "l21" is sum_i ||W_:,i|| / ||W||_F over input features i: 1 to sqrt(in), NaN where W is 0. Without the division
+    ("l21-plain", the group lasso) shrinking all of W lowers R, and costs nothing where a normalization follows. R is no
+    function of the network: h_i times s and W_:,i over s leave z as it is; the encoder's last BatchNorm can do that.
+    ValueError for another norm, or a head without linear layer. Needs NORMS, first_weight.
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
@@ -219,9 +216,8 @@ def first_weight(head: nn.Module) -> Tensor:
 
 
 def fraction_pruned(head: nn.Module, h: Tensor) -> float:
-    """The fraction, 0 to 1, of input features whose ||W_:,i|| sd(h_i) is below 1e-3 of the largest. [reading]
-
-    W is the head's first layer, sd over the rows of h (M, D). ValueError where there is none. Needs first_weight."""
+    """The fraction, 0 to 1, of input features whose ||W_:,i|| sd(h_i) is below 1e-3 of the largest: W is the head's
+    first layer, sd over the rows of h (M, D). ValueError where there is none. Needs first_weight. [reading]"""
     columns = first_weight(head).detach().norm(dim=0) * h.std(dim=0)
     return (columns < 1e-3 * columns.max()).float().mean().item()
 
@@ -257,8 +253,7 @@ def bn_mse(p: Tensor, z: Tensor, eps: float = 1e-12) -> Tensor:
 
     p (N, d) is of one view, z (N, d) of the other. BN is BatchNorm without affine, over the rows of all processes. The
     value is 2 - 2 * (mean correlation), 0 to 4, for any d. Raises ValueError for N = 1. Needs batch_norm.
-    eps, added to the variance, is small on purpose [reading]: with torch's 1e-5 a run of 40 epochs shrank z until eps
-    hid it, and collapsed completely, which the normalization is there to exclude.
+    eps is small on purpose [reading]: with torch's 1e-5 a run of 40 epochs shrank z until eps hid it, and collapsed.
     """
     return F.mse_loss(batch_norm(p, eps), batch_norm(z.detach(), eps))
 
@@ -336,8 +331,7 @@ class TopKHead(nn.Sequential):
     """z = W2 top_k(relu(W1 h)): (N, D) -> (N, d), the sparse head of Ouyang et al. (2503.00507). [code]
 
     Of the `hidden` features of each row the k largest are kept. hidden is 2 D and k an eighth of it unless given;
-    theirs maps back to D, with a learned bias subtracted before and added after [reading]. k > hidden raises
-    RuntimeError in forward.
+    theirs maps back to D, with a learned bias subtracted before and added after [reading].
     """
 
     def __init__(self, D: int, d: int = 128, hidden: int | None = None, k: int | None = None):
@@ -355,9 +349,8 @@ class DiscreteHead(nn.Sequential):
     """z = tanh(BN(W2 relu(W1 h))), rounded to L levels: (N, D) -> (N, d). Ouyang et al. (2503.00507) [code].
 
     The gradient passes straight through the rounding. Levels are 1 / (L // 2) apart, from -1 to 1 for odd L; an even
-    L lacks the topmost [reading]. L = 5 is theirs for ImageNet-100 [code]. The BatchNorm is ours, since a fresh MLP's
-    outputs would all round to one level, and so are the widths, those of MLP [reading]. Raises ValueError for levels
-    < 2, and for N = 1 in training.
+    L lacks the topmost [reading]. L = 5 is theirs for ImageNet-100 [code]. BatchNorm and widths are ours: without it a
+    fresh MLP's outputs round to one level [reading]. ValueError for levels < 2, and for N = 1 in training.
     """
 
     def __init__(self, D: int, d: int = 128, hidden: int | None = None, levels: int = 5):
@@ -449,8 +442,7 @@ def variance_fractions(h1: Tensor, h2: Tensor, labels: Tensor) -> tuple[float, f
     """The fractions of the features' variance (within an image, within class, between classes), summing to 1. [reading]
 
     h1, h2: (M, D), two views of each image; labels: int64 (M,). Within an image: half the mean squared distance of its
-    views. Between classes: of the classes' means. The rest is between images of a class; as the first is an unbiased
-    estimate, it may be just below 0. NaN where h is constant.
+    views. Between classes: of the classes' means. The rest may be just below 0. NaN where h is constant.
     """
     h1, h2, (classes, y) = on_cpu(h1), on_cpu(h2), labels.cpu().unique(return_inverse=True)
     h, M = (h1 + h2) / 2, len(y)
@@ -471,9 +463,8 @@ def features_holding(energy: Tensor, fraction: float = 0.99) -> int:
 
 def seen(h: Tensor, W: Tensor, fraction: float = 0.99) -> float:
     """What a linear layer sees: the fraction of the variance of h / sd(h) (M, D) in the span of the top right singular
-    vectors of W diag(sd(h)) (out, D), as few as hold `fraction` of its squared norm. 0 to 1. [reading]
-
-    Needs features_holding, on_cpu."""
+    vectors of W diag(sd(h)) (out, D), as few as hold `fraction` of its squared norm. Needs features_holding. [reading]
+    """
     h, W = on_cpu(h), on_cpu(W)
     sd = h.std(dim=0, correction=0)
     h = torch.where(sd > 0, (h - h.mean(dim=0)) / sd, 0)

@@ -311,11 +311,8 @@ def native_precision(device: torch.device) -> str:
 # ---------------------------------------------------------------------------- data
 
 def load_dataset(name: str, root="data", train=True, size=64, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """(images uint8 (M, 3, S, S), labels int64 (M,)), labels -1 where unknown; shapes has (M, 2): shape and hue.
-
-    cifar10, cifar100 and stl10 (whose training part includes the unlabelled images) are torchvision's, downloaded where
-    absent; for folder see `load_folder`. limit: only the first so many. Raises UserError.
-    """
+    """(images uint8 (M, 3, S, S), labels int64 (M,)), a label -1 where unknown; shapes has (M, 2): shape and hue. The
+    training part of stl10 includes its unlabelled images. limit: only the first so many. Raises UserError."""
     return read_dataset(name, root, train, size, limit)[:2]
 
 
@@ -414,8 +411,8 @@ def read_image(path: str, size: int) -> bytes | str:
 
 def training_images(args, device) -> Tensor:
     """The images of these arguments, on the device where they fit in half of its free memory. Raises UserError."""
-    if LOCAL_RANK:                          # a machine's first process downloads or decodes, then the others read
-        dist.barrier()
+    if LOCAL_RANK:
+        dist.barrier()                      # a machine's first process downloads or decodes, then the others read
     images, _ = load_dataset(args.dataset, args.data, True, args.image_size, args.limit)    # the labels are not used
     if RANKS > 1 and not LOCAL_RANK:
         dist.barrier()
@@ -487,12 +484,10 @@ def augment(images: Tensor, generator, crop_scale=0.2, hue=0.1, grayscale=0.1, r
     """One random view per image in SimCLR's manner: uint8 (N, 3, S, S) -> normalized float32 (N, 3, S, S).
 
     Crop of crop_scale to 1 of the area, resized back; flip; with probability 0.8 brightness, contrast and saturation
-    by a factor in 0.6 to 1.4 and a hue shift up to +-hue turns; gray with probability grayscale; above 64 px a
-    Gaussian blur with probability 0.5 [reading]. Each is torchvision's own definition, but for floats and in batch:
-    every parameter is drawn per image, only the order of the four colour operations once per call. Crop, jitter and
-    grayscale are simclr-cifar10's [code].
-    Drawn on the generator's device; with a CPU generator the views are the same on every device. The images may be
-    the share of one rank: then the parameters are that share of those of the whole batch.
+    by a factor in 0.6 to 1.4 and a hue shift up to +-hue turns; gray with probability grayscale; these are
+    simclr-cifar10's [code]. Above 64 px a Gaussian blur with probability 0.5 [reading]. Each is torchvision's own
+    definition, in batch: every parameter is drawn per image, the order of the four colour operations once per call.
+    The images may be one rank's part of a batch: then its parameters are that part of the whole batch's.
     """
     N, S, device = len(images), images.shape[-1], images.device
     def uniform(low, high, *shape):
@@ -880,7 +875,6 @@ def note(text: str) -> None:
 
 def main(run) -> None:
     """Run a script's main function; what the user can mend is one line on stderr and exit code 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")           # names of files that are no text
     try:
         run()
     except KeyboardInterrupt:                                   # before the first step, or in eval.py
