@@ -48,7 +48,7 @@ def load_run(path, device="cpu") -> argparse.Namespace:
     if not file.is_file():
         raise UserError(f"no checkpoint.pt in {path}: name a run's folder, or make one by python train.py")
     content = file.read_bytes()
-    with train.ours(file):
+    with train.checkpoint_errors(file):
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         args = argparse.Namespace(**vars(train.parse_args([])) | checkpoint["args"])        # older runs lack some flags
         images, step = checkpoint["images"], int(checkpoint["step"])
@@ -205,7 +205,7 @@ def load_data(run, dataset=None, data=None) -> list[tuple]:
     args, own, parts = run.args, dataset in (None, run.args.dataset), []
     for part in (True, False):
         limit = args.limit if own and part else None
-        root = data or args.data or "data"
+        root = data or (args.data if own or "folder" not in (dataset, args.dataset) else None) or "data"
         images, labels, classes = train.read_dataset(dataset or args.dataset, root, part, args.image_size, limit)
         parts.append((images, labels.view(len(labels), -1), classes))
     if own and [len(parts[0][0]), zlib.crc32(parts[0][0].numpy())] != run.images:
@@ -224,11 +224,13 @@ def table(run, ks=(20, 200), dataset=None, data=None, inside=True) -> list[dict]
     """
     (all_images, train_labels, _), (test_images, test_labels, _) = load_data(run, dataset, data)
     train_images, train_labels = labelled(all_images, train_labels, "training")
-    (_, labels), known, rows = labelled(test_images, test_labels, "test"), (test_labels >= 0).all(1), []
+    known = (test_labels >= 0).all(1)
+    _, labels = labelled(test_images, test_labels, "test")
     names = (" shape", " hue") if labels.shape[1] == 2 else ("",)
     if len(train_images) < 5 or not len(labels):
         note("too few labels: no accuracies")
         names = ()
+    rows = []
     for name, source in trained_and_not(run):
         view = random_views(run.args, 0)                # the same of the trained and of the untrained encoder
         a = features(source, train_images) if names else None
@@ -353,7 +355,8 @@ def measured(run, question: dict) -> list[dict]:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # no file, or not ours: measured anew
         kept = json.loads(file.read_text())
         results = dict(kept["results"]) if kept["checkpoint"] == run.crc else {}
-    key = next((k for k in (json.dumps(question | {"inside": True}), key) if k in results), key)
+    complete = json.dumps(question | {"inside": True})
+    key = complete if complete in results else key
     if key in results and (question["dataset"] or run.args.dataset) != "folder":
         return [row for row in results[key] if question["inside"] or not row["tap"].startswith(("g[", "p"))]
     note(f"measuring {run.path}")
@@ -545,7 +548,9 @@ def draw_neighbors(run, path, dataset=None, data=None, n: int = 8, k: int = 8) -
 
 def draw_views(run, path, data=None, n: int = 8, k: int = 8) -> None:
     """Write a picture: the first n training images of the run, each with k views of it as training makes them."""
-    images, view = load_data(run, None, data)[0][0][:n], random_views(run.args, run.args.seed)
+    args = run.args
+    images, _ = train.load_dataset(args.dataset, data or args.data, True, args.image_size, args.limit)
+    images, view = images[:n], random_views(args, args.seed)
     mean, std = torch.tensor([train.MEAN, train.STD])[..., None, None]
     views = [((view(images) * std + mean).clamp(0, 1) * 255).round().to(torch.uint8) for _ in range(k)]
     rows = [("", [(image, "image"), *((each[i], f"view {j}") for j, each in enumerate(views, 1))])

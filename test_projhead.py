@@ -11,13 +11,10 @@ import math
 import os
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
 import socket
-import statistics
-import struct
 import sys
 import textwrap
 import time
@@ -27,7 +24,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._subclasses.fake_tensor as fake_tensor
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
@@ -174,7 +170,7 @@ def forked(action, name="child", rank=0, ranks=1):
         sys.stderr, sys.stdout = open(name, "w", buffering=1), open(os.devnull, "w")
         os.dup2(sys.stderr.fileno(), 2)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
-        train.RANK, train.RANKS, train.LOCAL_RANK, train.LOCAL_RANKS = rank, ranks, rank, ranks
+        train.RANK, train.WORLD_SIZE, train.LOCAL_RANK, train.LOCAL_WORLD_SIZE = rank, ranks, rank, ranks
         train.main(action)
         code = 0
     except SystemExit as stop:
@@ -808,40 +804,36 @@ def test_combinations_train_save_and_evaluate(flags):
     assert "h" in features and ("p" in features) == ("--predictor" in flags)
 
 
-@pytest.fixture
-def before_each_step(monkeypatch):
-    """before_each_step(action): from now on train.py calls action(step) before each step."""
-    learning_rate = train.learning_rate                 # which it calls there
-    def patch(action):
-        def watched(step, *rest):
-            action(step)
-            return learning_rate(step, *rest)
-        monkeypatch.setattr(train, "learning_rate", watched)
-    return patch
+def before_each_step(monkeypatch, action, learning_rate=train.learning_rate):
+    """From now on action(step) is called before each step."""
+    def watched(step, *rest):
+        action(step)
+        return learning_rate(step, *rest)
+    monkeypatch.setattr(train, "learning_rate", watched)
 
 
 @pytest.mark.parametrize("flags, number, at", [
     ("--head sparse --predictor offdiag", signal.SIGINT, 0), ("--predictor mlp --target ema", signal.SIGTERM, 4),
     ("--head discrete --predictor directpred", signal.SIGINT, 7),
     ("--head parametric --inner-batch other --inner-start reset", signal.SIGTERM, 8)])
-def test_a_signal_saves_and_the_printed_command_continues(flags, number, at, before_each_step, monkeypatch, capsys):
+def test_a_signal_saves_and_the_printed_command_continues(flags, number, at, monkeypatch, capsys):
     flags, handlers = f"--limit 40 {flags}", [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
     run(flags, "whole")                                 # two epochs of 5 steps
-    before_each_step(lambda step: signal.raise_signal(number) if step == at else None)
-    words = f"train.py --encoder convnet128 --batch-size 8 --epochs 2 --out parts {flags}"
-    monkeypatch.setattr(sys, "argv", words.split())
+    before_each_step(monkeypatch, lambda step: signal.raise_signal(number) if step == at else None)
+    usual = "train.py --encoder convnet128 --batch-size 8 --epochs 2 --out parts"
+    monkeypatch.setattr(sys, "argv", f"{usual} {flags}".split())
     with pytest.raises(SystemExit) as stop:
         train.train(train.parse_args())
     assert stop.value.code == 128 + number and saved("parts")["step"] == at + 1
     assert handlers == [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
     command = capsys.readouterr().err.split("this continues: ")[1]
-    before_each_step(lambda step: None)
+    before_each_step(monkeypatch, lambda step: None)
     train.train(train.parse_args(shlex.split(command)[2:]))
     assert same_run("whole", "parts", "loss", "inner_loss")             # which are means over the steps since
 
 
-def test_a_second_signal_ends_the_process_at_once(before_each_step):
-    before_each_step(lambda step: [signal.raise_signal(number) for number in (signal.SIGTERM, signal.SIGINT)])
+def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+    before_each_step(monkeypatch, lambda step: [*map(signal.raise_signal, (signal.SIGTERM, signal.SIGINT))])
     assert ended(forked(lambda: run("--head mlp"))) == -signal.SIGINT and saved()["step"] == 0
     assert Path("child").read_text().strip() == "finishing the step, then saving (again: stop at once)"
 
@@ -868,6 +860,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(hasty, monkeypatch):
 
 
 def test_a_full_disk_loses_nothing():
+    import resource                                     # which Windows has not
     flags = "--head mlp --epochs 4"
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -880,7 +873,7 @@ def test_a_full_disk_loses_nothing():
     assert same_run("whole", "parts")
 
 
-def test_when_a_checkpoint_is_written_and_progress_told(before_each_step, monkeypatch, capsys):
+def test_when_a_checkpoint_is_written_and_progress_told(monkeypatch, capsys):
     """At the start, the end, at an epoch's end if the last is over 30 s old, and within an epoch if over 300 s."""
     now, saves, save = [0.0], [], train.save
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
@@ -888,7 +881,7 @@ def test_when_a_checkpoint_is_written_and_progress_told(before_each_step, monkey
     def saves_of(flags, seconds):                       # in each step
         def tick(step):
             now[0] += seconds
-        before_each_step(tick)
+        before_each_step(monkeypatch, tick)
         saves.clear()
         run(f"--head none {flags}", f"run {flags}")
         return saves
@@ -901,14 +894,9 @@ def test_when_a_checkpoint_is_written_and_progress_told(before_each_step, monkey
     assert [int(step) for step, _ in told] == [*range(5, 41, 5)] and [told[0][1], told[-1][1]] == ["8", "0"]
 
 
-def test_out_of_memory_names_the_batch_size(monkeypatch, capsys):
-    monkeypatch.setattr(projhead.ConvNet, "forward", lambda self, x: torch.empty(2**60))        # torch's own error
-    one_line_error(lambda: run("--head mlp"), capsys, "--batch-size")
-
-
 def test_ema_is_an_average_of_byols_schedule(monkeypatch):
     """From --ema to 1, along a half cosine; the slow copy's BatchNorm buffers are its own."""
-    momenta, follow = [], train.follow
+    momenta, follow = [], train.update_target
     def watched(model, momentum):
         momenta.append(momentum)
         before, fast = copy.deepcopy(model.target), nn.Sequential(model.f, model.g)
@@ -916,7 +904,7 @@ def test_ema_is_an_average_of_byols_schedule(monkeypatch):
         average = [momentum * old + (1 - momentum) * new for old, new in zip(before.parameters(), fast.parameters())]
         torch.testing.assert_close([*model.target.parameters()], average)
         torch.testing.assert_close([*model.target.buffers()], [*before.buffers()], rtol=0, atol=0)
-    monkeypatch.setattr(train, "follow", watched)
+    monkeypatch.setattr(train, "update_target", watched)
     checkpoint = run("--head mlp --predictor mlp --target ema --ema 0.5 --epochs 10")
     assert momenta == pytest.approx([1 - 0.5 * (1 + math.cos(math.pi * k / 20)) / 2 for k in range(20)])
     slow = checkpoint["target"]["0.2.running_mean"]
@@ -937,7 +925,7 @@ def steps(monkeypatch):
 
 def test_learning_rate_and_its_scales(steps):
     rates = [train.learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
-    assert rates[10] == 2.0 and rates[0] < rates[5] < rates[9] < 2 and rates[99] < 0.001
+    assert rates[10] == 2.0 and 0 < rates[0] < rates[5] < rates[9] < 2 and rates[99] < 0.001
     assert rates[55] == pytest.approx(1.0) and rates[10:] == sorted(rates[10:], reverse=True)
     assert train.learning_rate(0, 10, 2.0, 0) == 2 and 0 < train.learning_rate(9, 10, 2.0, 1) < 2
     peak = 0.5 * 8 / 256
@@ -964,16 +952,16 @@ def test_two_processes_train_what_one_does(monkeypatch):
     everything("one")
     for number, each in enumerate(flags):
         one, two = f"one{number}", f"two{number}"
-        tolerance = 1e-5 if "directpred" in each else 1e-9          # which computes in float32
+        tolerance = 1e-5 if "directpred" in each else 1e-9          # its eigenpairs are float32
         torch.testing.assert_close(tensors(saved(one)), tensors(saved(two)), rtol=0, atol=tolerance)
         (_, one), (first, two) = log_of(one), log_of(two)
         two.update({key: one[key] for key in ("seconds", "views_per_s")})
         assert first["processes"] == 2 and one == pytest.approx(two, abs=2e-6), each
 
 
-def test_two_processes_in_bfloat16(monkeypatch):
+def test_two_processes_continue_in_bfloat16(monkeypatch):
     flags = "--head mlp --precision bfloat16"
-    codes, errors = two_processes(lambda: run(flags, "two"), monkeypatch)
+    codes, errors = two_processes(lambda: [stopped(flags, out="two"), run(flags, "two")], monkeypatch)
     assert codes == [0, 0], errors
     assert {t.dtype for t in run(flags, "one")["encoder"].values()} == {torch.float32, torch.int64}
     assert log_of("one")[2]["loss"] == pytest.approx(log_of("two")[2]["loss"], abs=0.02)
@@ -986,9 +974,7 @@ def test_the_gradient_of_a_gathered_loss_is_that_of_the_whole_batch(monkeypatch)
         torch.distributed.init_process_group("gloo")
         mine = slice(3 * train.RANK, 3 * train.RANK + 3)
         rows = z[mine].clone().requires_grad_()
-        gathered = projhead.gather(rows)
-        assert torch.equal(gathered, z)
-        (weights[train.RANK] * gathered.square()).sum().backward()
+        (weights[train.RANK] * projhead.gather(rows).square()).sum().backward()
         assert torch.allclose(rows.grad, (2 * weights.sum(0) * z)[mine])        # average_gradients divides it by 2
     codes, errors = two_processes(one_rank, monkeypatch)
     assert codes == [0, 0], errors
@@ -1016,15 +1002,16 @@ def fresh():
 
 
 def test_what_train_reads_from_the_environment(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4"), monkeypatch.setenv("RANK", "3")
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert (fresh().RANK, fresh().RANKS) == (0, 1)      # left over: torchrun sets the address too
+    monkeypatch.delenv("OMP_WAIT_POLICY", False), monkeypatch.setenv("RANK", "3"), monkeypatch.setenv("WORLD_SIZE", "4")
+    assert (fresh().RANK, fresh().WORLD_SIZE) == (0, 1)      # left over: torchrun sets the address too
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    assert (fresh().RANK, fresh().RANKS) == (3, 4)
+    assert (fresh().RANK, fresh().WORLD_SIZE) == (3, 4)
     for name, value, expected in (("", "", "1000"), ("GOMP_SPINCOUNT", "7", "7"), ("OMP_WAIT_POLICY", "passive", None)):
         monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
         monkeypatch.setenv(name or "UNUSED", value)
         assert fresh() and os.environ.get("GOMP_SPINCOUNT") == expected
+    source = (HERE / "train.py").read_text()            # torch reads it when it is imported
+    assert source.index("GOMP_SPINCOUNT") < source.index("import torch")
 
 
 def test_a_run_without_what_only_posix_has(monkeypatch):
@@ -1069,7 +1056,7 @@ def test_nothing_in_a_step_waits_for_the_device(flags, place, monkeypatch):
         for x, other in train.two_views(images, args, range(2), 2, 10, meta):
             h, loss, inner = train.train_step(x, model, theta, phi, args, other)
             if model.target:
-                train.follow(model, 0.9)
+                train.update_target(model, 0.9)
             assert loss.device.type == h.device.type == "meta"
 
 
@@ -1110,10 +1097,10 @@ def test_a_run_that_is_finished_or_another_stays(monkeypatch, capsys):
 
 
 def test_the_log_says_what_was_run(steps):
-    sparse = run("--head sparse --predictor offdiag --inner-steps 1 --epochs 1", "sparse")
-    linear = run("--predictor linear --epochs 1", "linear")
-    (first, line), (_, other) = log_of("sparse"), log_of("linear")
-    (_, _, loss1, inner1), (_, h, loss2, inner2) = steps[:2]
+    sparse = run("--head sparse --predictor offdiag --inner-steps 1", "sparse")
+    linear = run("--predictor linear", "linear")
+    (first, _, line), (*_, other) = log_of("sparse"), log_of("linear")
+    (_, _, loss1, inner1), (_, h, loss2, inner2) = steps[2:4]           # those of the second epoch
     A, moved = sparse["predictor"]["A"], linear["predictor"]["weight"] - untrained(linear).q.weight.detach()
     for written, expected in (
             (line["loss"], (loss1 + loss2) / 2), (line["inner_loss"], (inner1 + inner2) / 2),
@@ -1132,8 +1119,7 @@ def test_the_encoder_of_a_checkpoint_loads_without_us():
     theirs.conv1, theirs.maxpool, theirs.fc = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity(), nn.Identity()
     theirs.load_state_dict(checkpoint["encoder"])
     images = SETS[4_000][0][:4]
-    with torch.no_grad():
-        h = theirs.eval()(train.normalize(images.float() / 255))
+    h = theirs.eval()(train.normalize(images.float() / 255))
     assert torch.allclose(h, evaluation.features("run", images)["h"], atol=1e-4)
 
 
@@ -1169,7 +1155,6 @@ def test_evaluation_moves_nothing(quick):
                           (frozen.untrained, untrained(checkpoint).f.state_dict())):
         assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
         assert not any(p.requires_grad or p.grad is not None for p in module.parameters())
-        assert not any(m.training for m in module.modules())
     assert files() == before
     large = F.interpolate(images.float(), (50, 50)).to(torch.uint8)
     x = train.normalize(TF.resize(large.float() / 255, [32, 32], antialias=True))
@@ -1183,9 +1168,9 @@ def test_evaluation_moves_nothing(quick):
 
 
 def linear_data(rows=600, dim=20):
-    """(train_x, train_y, test_x, test_y): labels drawn from a planted linear model of 7 classes; 1000 test rows."""
+    """(train_x, train_y, test_x, test_y): labels drawn from a planted linear model of 7 classes; 1100 test rows."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(rows + 1000, dim, generator=g)
+    x = torch.randn(rows + 1100, dim, generator=g)
     logits = 0.6 * x @ torch.randn(dim, 7, generator=g)
     y = (logits - torch.rand(len(x), 7, generator=g).log().neg().log()).argmax(1)
     x = (x @ torch.randn(dim, dim, generator=g) + 1).relu()             # correlated columns
@@ -1209,7 +1194,7 @@ def optimum(x, y, l2):
 
 @pytest.mark.parametrize("dim", [10, 40])
 def test_the_probe_agrees_with_a_search_written_out(dim, monkeypatch):
-    """And each of its fits reaches the optimum: the loss in excess of the least is at most ten times the tolerance."""
+    """And its fits reach the optimum: the loss exceeds the least by at most 1e-4 in the search, 1e-6 at the end."""
     x, y, test_x, test_y = data = linear_data(dim=dim)
     x, test_x = (F.pad((part - x.mean(0)) / x.std(0), (0, 1), value=1.0).double() for part in (x, test_x))
     def percent(x, y, W):
@@ -1219,11 +1204,11 @@ def test_the_probe_agrees_with_a_search_written_out(dim, monkeypatch):
     scores = {l2: percent(x[held], y[held], optimum(x[kept], y[kept], l2)[0]) for l2 in evaluation.L2}
     def checked(x, y, l2, start, covariance, tolerance, fit=evaluation.fit):
         weights, (W, objective) = fit(x, y, l2, start, covariance, tolerance), optimum(x.double(), y, l2)
-        assert -1e-9 <= objective(weights.double()) - objective(W) < 10 * tolerance
+        assert -1e-9 <= objective(weights.double()) - objective(W) < (1e-6 if len(x) == 600 else 1e-4)
         return weights
     monkeypatch.setattr(evaluation, "fit", checked)
     accuracy, l2, held_out = evaluation.probe(*data)
-    assert accuracy == pytest.approx(percent(test_x, test_y, optimum(x, y, l2)[0]), abs=0.11)      # one row of 1000
+    assert accuracy == pytest.approx(percent(test_x, test_y, optimum(x, y, l2)[0]), abs=0.1)       # one row of 1100
     near = 200 / 120 + 0.01                             # two rows of 120
     assert held_out == pytest.approx(scores[l2], abs=near) and scores[l2] >= max(scores.values()) - near
 
@@ -1233,8 +1218,6 @@ def test_the_probe_never_sees_the_test_labels():
     by_class = [evaluation.probe(x, y, test_x, torch.full_like(test_y, c)) for c in range(7)]
     assert sum(a for a, *_ in by_class) == pytest.approx(100)           # one prediction a row, whatever its label
     assert len({tuple(chosen) for _, *chosen in by_class}) == 1
-    alone = [evaluation.probe(x, y, test_x[i:i + 1], test_y[i:i + 1])[0] for i in range(5)]     # nor other test rows
-    assert statistics.mean(alone) == pytest.approx(evaluation.probe(x, y, test_x[:5], test_y[:5])[0])
 
 
 def test_the_probe_bears_scale_constant_columns_and_missing_classes():
@@ -1244,7 +1227,7 @@ def test_the_probe_bears_scale_constant_columns_and_missing_classes():
         a, b = (F.pad(100 * part + 7, (0, 2), value=value) for part in (x, test_x))
         assert evaluation.probe(a, y, b, test_y)[:2] == (pytest.approx(accuracy, abs=0.21), l2)
     mostly_4, fours = torch.where(torch.arange(600) % 3 > 0, 4, y), 100 * (test_y == 4).double().mean().item()
-    assert evaluation.probe(0 * x, mostly_4, 0 * test_x + 1, test_y)[0] == pytest.approx(fours)
+    assert evaluation.probe(0 * x, mostly_4, 0 * test_x + 1, test_y)[:2] == (pytest.approx(fours), evaluation.L2[0])
     some, others = (y != 2) & (y != 6), (test_y == 2) | (test_y == 6)
     assert evaluation.probe(x[some], y[some], test_x[others], test_y[others])[0] == 0
     assert evaluation.probe(*linear_data(rows=5))[0] > 14       # more columns than rows
@@ -1253,7 +1236,7 @@ def test_the_probe_bears_scale_constant_columns_and_missing_classes():
 
 
 def test_knn_is_the_naive_vote():
-    x, y, test_x, test_y = four = linear_data(rows=100)
+    x, y, test_x, test_y = four = linear_data(rows=29)
     nearest = F.cosine_similarity(test_x[:, None], x[None], dim=2).argsort(dim=1, descending=True)
     def naive(k):                                       # of equals the smaller class
         votes = [labels.bincount(minlength=7).argmax() for labels in y[nearest[:, :k]]]
@@ -1333,9 +1316,8 @@ def test_transform_probes_read_what_can_be_read_and_nothing_else(data, monkeypat
     monkeypatch.setattr(train, "read_dataset", read)
     monkeypatch.setattr(evaluation, "PROBED", 600)
     f = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12)).eval()
-    args = argparse.Namespace(dataset=data, data="", image_size=16, limit=None, predictor="none")
-    head = nn.Sequential(nn.Identity(), nn.Tanh(), nn.Tanh())
-    some = argparse.Namespace(args=args, encoder=f, untrained=f, head=head, predictor=None, path="run", images=[0, 0])
+    some = argparse.Namespace(args=parsed("--dataset folder --image-size 16"), encoder=f, untrained=f, path="run",
+                              head=nn.Sequential(nn.Identity(), nn.Tanh(), nn.Tanh()), predictor=None, images=[0, 0])
     rows = {row["tap"]: row for row in evaluation.transform_table(some)}
     assert list(rows) == ["h", "g[1]", "z", "h untrained", "chance"] and rows["g[1]"]["layer"] == "Tanh"
     for name, chance in {"rotation": 25, "flip": 50, "gray": 50, "quadrant": 25}.items():
@@ -1366,7 +1348,7 @@ def cells(out):
 def test_the_tables_of_the_command_line(quick, evaluated, capsys):
     run("--head linear --predictor offdiag", "runs/new"), run("--head none --limit 8", "runs/old")
     os.utime("runs/old/checkpoint.pt", (0, 0))
-    one_line_error(lambda: evaluated("--columns rank l"), capsys, "no column l;", "centred rank")
+    one_line_error(lambda: evaluated("--columns rank l2"), capsys, "no column l2;", "centred rank")
     assert Path("runs/new/eval.json").exists()          # what was measured is kept
     newest = evaluated()
     assert newest == evaluated("runs/new/checkpoint.pt") and newest.startswith("runs/new, step 4 of 4;")
@@ -1376,7 +1358,6 @@ def test_the_tables_of_the_command_line(quick, evaluated, capsys):
     for words, keys in (("", usual), ("--columns seen 'knn200 hue' rank --taps", ["knn200 hue", "rank", "seen"])):
         rows = [row for row in new["rows"] if row["tap"] != "p" or words]
         lines, keys = cells(evaluated(words)), ["tap", "dim", *keys]
-        assert list(lines[0]) == keys
         assert lines == [{key: evaluation.cell(key, [row[key]] if key in row else []) for key in keys} for row in rows]
     assert list(cells(evaluated("--probe transform"))[3].values()) == ["chance", "0", "25.0", "50.0", "50.0", "25.0"]
     several = evaluated("runs/new runs/old")
@@ -1566,10 +1547,9 @@ SMALL = "--dataset folder --head mlp --encoder convnet128 --data "
 
 
 def test_shapes_are_drawn_the_same_and_apart():
-    (a, labels), (b, _) = draw_shapes(64, seed=1), draw_shapes(64, seed=1)
-    assert torch.equal(a, b) and a.shape == (64, 3, 32, 32) and a.dtype == torch.uint8
+    (a, labels), (b, _), (other, _) = (draw_shapes(64, seed) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, other) and a.shape == (64, 3, 32, 32) and a.dtype == torch.uint8
     assert labels.shape == (64, 2) and labels[:, 0].unique().tolist() == list(range(8)) and labels[:, 1].max() == 5
-    assert not torch.equal(a, draw_shapes(64, seed=2)[0])
 
 
 def both_parts(folder):
@@ -1579,9 +1559,9 @@ def both_parts(folder):
     return parts
 
 
-@pytest.mark.parametrize("names", ["train val", "Train Test", "TRAIN Validation", "train valid"])
-def test_a_folder_with_two_parts(names):
-    first, second = names.split()
+@pytest.mark.parametrize("first, second", [
+    ("train", "val"), ("Train", "Test"), ("TRAIN", "Validation"), ("train", "valid")])
+def test_a_folder_with_two_parts(first, second):
     pictures(f"p/{first}", 12, classes="abcd"), pictures(f"p/{second}", 6, classes="ad")
     (images, labels, classes), (tests, test_labels, _) = both_parts("p")
     assert (len(images), len(tests), classes) == (12, 6, [*"abcd"])
@@ -1590,26 +1570,23 @@ def test_a_folder_with_two_parts(names):
 
 def test_a_fifth_of_a_folder_is_for_testing():
     pictures("p/Train", 30), Path("p/other").mkdir()
-    pictures("links", 30), Path("links/a").rename("red"), Path("links/a").symlink_to("../red")
+    pictures("links", 30, classes=["a", "val"]), Path("links/a").rename("red"), Path("links/a").symlink_to("../red")
     pictures("flat", 30, classes=[""])
-    for folder, expected in (("p", ["a", "b"]), ("flat", []), ("links", ["a", "b"])):
+    for folder, expected in (("p", ["a", "b"]), ("flat", []), ("links", ["a", "val"])):     # val beside no train
         (images, labels, classes), (tests, test_labels, _) = both_parts(folder)
         assert classes == expected and len(images) + len(tests) == 30 and 2 < len(tests) < 12
         assert classes or (labels == -1).all() and (test_labels == -1).all()
-    pictures("links", 90)                               # more come: no image moves from training to testing
+    pictures("links", 90, classes=["a", "val"])         # more come: no image moves from training to testing
     tests_of_more = both_parts("links")[1][0]
-    assert len(tests_of_more) > len(tests)
     assert not {image.numpy().tobytes() for image in tests_of_more} & {image.numpy().tobytes() for image in images}
 
 
 def test_what_an_image_can_be(tmp_path, monkeypatch):
     from PIL import EpsImagePlugin, Image
-    for name in ("1.png", "LA.png", "P.png", "RGBA.png", "CMYK.tiff", "F.tiff", "I;16.png"):
+    for name in ("1.png", "L.png", "LA.png", "P.png", "RGBA.png", "CMYK.tiff", "F.tiff", "I;16.png"):
         Image.new(name.split(".")[0], (33, 70)).save(name)
         read = train.read_image(name, 16)               # floats and 16 bits have no range of their own
         assert read.startswith("33 x 70 pixels of mode") if name[0] in "FI" else len(read) == 3 * 16 * 16
-    Image.new("L", (1, 1), 77).save("tiny.png")
-    assert train.read_image("tiny.png", 16) == bytes([77]) * 3 * 16 * 16
     half, exif = Image.new("RGB", (40, 40)), Image.Exif()
     half.paste((255, 255, 255), (0, 0, 40, 20))         # the upper half
     exif[0x0112] = 6                                    # to be turned by a quarter
@@ -1639,13 +1616,13 @@ def test_a_bad_image_is_left_out_and_named(capsys):
     named = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(named) == 2 and str(cut) in named[0] and str(dangling) in named[1]
     assert torch.equal(images, torch.cat([whole[:3], whole[5:]])) and len(labels) == len(images)
-    pictures("half", 20, 20)
-    with pytest.raises(train.UserError, match="over 1 % of .* cannot be read, the last .*half/[ab]/0"):
-        run(SMALL + "half")
+    pictures("many", 195, 5)
+    with pytest.raises(train.UserError, match="over 1 % of .* cannot be read, the last .*many/[ab]/19"):
+        run(SMALL + "many --limit 150")
     assert not Path("run").exists() and len(list(train.CACHE.iterdir())) == 3
 
 
-def test_pictures_are_decoded_once_and_no_more_than_asked_for(monkeypatch, capsys):
+def test_pictures_are_decoded_once_and_no_more_than_asked_for(monkeypatch):
     pictures("p", 150)
     seen, read = [], train.read_image
     monkeypatch.setattr(train, "read_image", lambda path, size: seen.append(path) or read(path, size))
@@ -1659,8 +1636,6 @@ def test_pictures_are_decoded_once_and_no_more_than_asked_for(monkeypatch, capsy
         patch.setattr(train, "read_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         assert ended(forked(lambda: load(9))) == -signal.SIGKILL
     assert len(load(9)) == 100
-    monkeypatch.setattr(train, "CACHE", Path("p/a/000.png"))
-    one_line_error(lambda: load(10), capsys, "cannot write", besides=("folder ", "decoding "))
 
 
 def test_data_that_moved(capsys):
@@ -1674,7 +1649,7 @@ def test_data_that_moved(capsys):
 
 BAD = """
 --head wrong         | --heads mlp         | extra words             | --depth 0             | --tau nan
---lr inf             | --epochs 1.5        | --epochs 10000000000    | --batch-size 1e400    | --limit 1
+--tau inf            | --epochs 1.5        | --epochs 10000000000    | --batch-size 1e400    | --limit 1
 --dataset mnist      | --limit 99999999    | --device cuda:99        | --device meta         | --data x
 --loss cosine        | --loss bn           | --loss barlow --tau 0.5 | --target ema          | --image-size 64
 --head none --dim 64 | --head slice --dim 999     | --head linear --hidden 64      | --head mlp --depth 1 --hidden 64
@@ -1699,7 +1674,9 @@ def test_bad_flags_are_one_line_and_lose_nothing(monkeypatch, capsys):
     for flags in re.split(r"[|\n]", BAD.strip()):
         error = one_line_error(lambda: train.train(train.parse_args(flags.split())), capsys)
         assert files() == before, (flags, error)
-    monkeypatch.setattr(train, "RANKS", 2)
+    monkeypatch.setattr(projhead.ConvNet, "forward", lambda self, x: torch.empty(2**60))        # out of memory
+    one_line_error(lambda: run("--head mlp"), capsys, "--batch-size")
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
     one_line_error(lambda: parsed("--inner-gradient unrolled"), capsys, "--inner-gradient", "one process")
 
 
@@ -1858,42 +1835,44 @@ def readme():
     return (HERE / "README.md").read_text()
 
 
+class Parsed(Exception):
+    pass
+
+
 def test_the_readmes_commands_parse(monkeypatch, capsys):
+    """Those of its blocks, and each span that begins with python or a flag, by the script that has its flags."""
+    def load_run(*_):
+        raise Parsed                                    # eval.py has read its flags
+    def evaluates(words):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *words])
+        with pytest.raises((Parsed, SystemExit)):
+            evaluation.main()
+    monkeypatch.setattr(evaluation, "load_run", load_run)
+    evaluates(["--help"])
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
-    helps = capsys.readouterr().out
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", readme(), re.S)
-    lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
+    flags = re.findall(r"--[a-z-]+", capsys.readouterr().out)
+    blocks = re.findall(r"```sh\n(.*?)```", readme(), re.S)
+    lines = re.split(r"\n|&&", re.sub(r"#.*", "", "\n".join(blocks)))
     spans = re.findall(r"`((?:python|--)[^`]*)`", readme())
-    commands = [c.strip() for line in lines + spans for c in line.split("&&") if re.match(r"\s*(python |torchrun |--)", c) and "--help" not in c]
-    class Parsed(Exception):
-        pass
-    monkeypatch.setattr(evaluation, "load_run", lambda *_: (_ for _ in ()).throw(Parsed))
-    assert sum("train.py" in c for c in commands) > 5 and any("eval.py" in c for c in commands)
-    for command in commands:
-        words = re.sub(r"\b(FLAGS|DIR|K|LAMBDA|S|N)\b", lambda m: {"FLAGS": ""}.get(m[0], "1"), command).replace("...", "")
+    scripts = []
+    for command in lines + spans:
+        command = re.sub(r"\b(DIR|S|N)\b", "1", re.sub(r"\bFLAGS\b|\.\.\.", "", command))
+        script, words = re.fullmatch(r"(?:.*?(train|eval)\.py)?(.*)", command.strip(), re.S).groups()
         words = shlex.split(words)
-        while words and words[0].startswith(("python", "torchrun", "-m", "--nproc")) or words and words[0].isdigit():
-            words.pop(0)
-        script = words.pop(0) if words and words[0].endswith(".py") else None
-        if script == "eval.py":
-            monkeypatch.setattr(sys, "argv", ["eval.py", *([] if words and not words[0].startswith("--") else ["run"]), *words])
-            with pytest.raises(Parsed):
-                evaluation.main()
-        elif script in ("train.py", "test_projhead.py"):
-            train.parse_args(words)
-        elif len(words) == 1 and words[0].startswith("--"):                # a flag that is named without a value
-            monkeypatch.setattr(sys, "argv", ["eval.py", "--help"])
-            with pytest.raises(SystemExit):
-                evaluation.main()
-            assert words[0] in helps + capsys.readouterr().out + "--nproc-per-node", words
+        scripts.append(script)
+        if script == "eval":
+            evaluates(words if "RUN" in words else ["run", *words])
+        elif script == "train":
+            train.parse_args(words) if words != ["--help"] else None
+        elif len(words) == 1 and words[0].startswith("--"):             # a flag that is named without a value
+            assert words[0] in flags
         elif words and words[0].startswith("--"):
             try:
                 train.parse_args(words)
-            except train.UserError:                     # then it is one of eval.py's
-                monkeypatch.setattr(sys, "argv", ["eval.py", "run", *words])
-                with pytest.raises(Parsed):
-                    evaluation.main()
+            except train.UserError:                     # then they are eval.py's
+                evaluates(["run", *words])
+    assert scripts.count("train") > 5 and scripts.count("eval") > 3
 
 
 def test_the_readme_quotes_the_code_as_it_is():
@@ -1919,15 +1898,11 @@ def test_the_readmes_code_runs_as_it_stands():
 
 
 def test_names_that_others_rely_on():
-    assert HEADS.keys() >= {"none", "linear", "mlp", "parametric", "sparse", "slice", "reweight", "topk", "discrete"}
-    assert PREDICTORS.keys() >= {"identity", "offdiag", "linear", "mlp", "directpred"} and LOSSES.keys() >= {"infonce", "cosine", "bn"}
-    assert ENCODERS.keys() >= {"convnet", "resnet18", "resnet34", "resnet50"} and NORMS.keys() >= {"l21", "l1"}
-    for name in ("encoder nt_xent negative_cosine bn_mse fit_head sparsity effective_rank spread alignment uniformity seen gather "
-                 "features_holding fraction_pruned first_weight").split():
-        assert getattr(projhead, name).__doc__, name
-    for kind in [*HEADS.values(), *PREDICTORS.values()]:
-        assert kind.__doc__, kind
+    for names, expected in ((HEADS, "none linear mlp parametric sparse slice reweight topk discrete"),
+                            (PREDICTORS, "identity offdiag linear mlp directpred"), (NORMS, "l21 l1"),
+                            (LOSSES, "infonce barlow cosine bn"), (ENCODERS, "convnet convnet128 resnet18 resnet50")):
+        assert names.keys() >= set(expected.split())
+    public = [value for name, value in vars(projhead).items() if getattr(value, "__module__", "") == "projhead"]
+    assert all(value.__doc__ for value in public if not value.__name__.startswith(("_", "<", "distributed")))
     imports = re.findall(r"^\s*(?:import|from) (\w+)", (HERE / "projhead.py").read_text(), re.M)
     assert set(imports) == {"torch", "torchvision"}
-
-

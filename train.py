@@ -12,14 +12,15 @@ A run is a folder, runs/NAME: checkpoint.pt and metrics.jsonl, whose keys README
 continues an interrupted run. Then: python eval.py.
 """
 import os
-if "OMP_WAIT_POLICY" not in os.environ:             # torch's threads spin while they wait, and so keep a busy machine's
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000") # cores; they read this when torch is imported
+if "OMP_WAIT_POLICY" not in os.environ:             # a waiting thread of torch's keeps its core, unless this is set
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000") # before torch is imported
 
 import argparse
 import collections
 import concurrent.futures
 import contextlib
 import copy
+import datetime
 import functools
 import hashlib
 import inspect
@@ -42,6 +43,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 import projhead
 from projhead import ENCODERS, HEADS, LOSSES, NORMS, PREDICTORS, fit_head, sparsity, unroll_head
 
+RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE = (            # torchrun sets these, and MASTER_ADDR
+    int(os.environ.get(name, default)) if "MASTER_ADDR" in os.environ else default
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+
 
 # ---------------------------------------------------------------------------- the method
 
@@ -54,7 +59,7 @@ def objective(h: Tensor, t: Tensor | None, model, args) -> Tensor:
         loss = loss_fn(z1, z2)                          # InfoNCE, Barlow Twins
     else:
         p1, p2 = model.q(z).chunk(2)
-        t1, t2 = (z if t is None else t).detach().chunk(2)      # the method's stop-gradient; cosine and bn repeat it
+        t1, t2 = (z if t is None else t).detach().chunk(2)      # the stop-gradient
         loss = (loss_fn(p1, t2) + loss_fn(p2, t1)) / 2  # each view is the target once; for Wen & Li [reading]
     if args.sparsity:                                   # Song et al.: + lambda R(W), as SparseHead.penalty
         loss = loss + args.sparsity * sparsity(model.g, args.sparsity_norm)
@@ -70,7 +75,7 @@ def train_step(x: Tensor, model, theta, phi, args, other: Tensor | None = None) 
     other is a batch like x, which the inner steps of --inner-batch other see.
     """
     h = encode(model.f, x, args)                        # 2N x D, once; heads and losses run in float32
-    t, inner = slow(model, x, args), None               # 2N x d, with --target ema
+    t, inner = target_z(model, x, args), None               # 2N x d, with --target ema
     start = model.start if args.inner_start == "reset" else None
     theta.zero_grad(), phi.zero_grad()
     if args.inner_gradient == "unrolled":               # Gupta et al.: L(theta, phi_K(theta)), through the inner steps
@@ -81,9 +86,8 @@ def train_step(x: Tensor, model, theta, phi, args, other: Tensor | None = None) 
             h0, t0 = h.detach(), t
             if other is not None:
                 with torch.no_grad():
-                    h0, t0 = encode(model.f, other, args), slow(model, other, args)
+                    h0, t0 = encode(model.f, other, args), target_z(model, other, args)
             inner = fit_head(lambda: objective(h0, t0, model, args), phi, args.inner_steps, start)
-            phi.zero_grad()
         loss = objective(h, t, model, args)
     loss.backward()
     theta.step()
@@ -100,8 +104,8 @@ def encode(f: nn.Module, x: Tensor, args) -> Tensor:
 
 
 @torch.no_grad()
-def slow(model, x: Tensor, args) -> Tensor | None:
-    """z (2N, d) of BYOL's slow copy of f and g, which `follow` moves; None without it."""
+def target_z(model, x: Tensor, args) -> Tensor | None:
+    """z (2N, d) of BYOL's slow copy of f and g, which `update_target` moves; None without it."""
     return model.target[1](encode(model.target[0], x, args)) if model.target else None
 
 
@@ -111,8 +115,8 @@ def train(args) -> None:
     device = join(args)
     images = training_images(args, device)              # uint8 M x 3 x S x S
     N = min(args.batch_size, len(images))               # images a step, over all processes
-    if N % RANKS:
-        raise everywhere(UserError(f"--batch-size {N} does not divide evenly over {RANKS} processes"))
+    if N % WORLD_SIZE:
+        raise everywhere(UserError(f"--batch-size {N} does not divide evenly over {WORLD_SIZE} processes"))
     per_epoch = len(images) // N                        # the last short batch is left out, another one each epoch
     model = build(args, device)
     theta, phi = optimizers(model, args)
@@ -127,15 +131,16 @@ def train(args) -> None:
                 group["lr"] = group["scale"] * (peak if group["constant"] else lr)
             h, loss, inner = train_step(x, model, theta, phi, args, other)
             if model.target:                            # from --ema at the start to 1 at the end
-                follow(model, 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / run.total)) / 2)
+                update_target(model, 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / run.total)) / 2)
             run.losses.append(torch.stack([loss, loss if inner is None else inner]))
             done, stopped = step + 1, first_signal(caught)
             ended = done % per_epoch == 0
             if ended:
                 end_epoch(run, done, lr, h, model)
-            elif stopped or len(run.losses) % 100 == 0:         # a look makes the host wait for a GPU
-                look(run, done)
-            if stopped or done == run.total or time.perf_counter() - run.saved > (30 if ended else 300):
+            elif stopped or len(run.losses) % 100 == 0:         # this makes the host wait for a GPU
+                check_losses(run, done)
+            due = 30 if ended else 300                          # seconds after the last checkpoint
+            if stopped or done == run.total or time.perf_counter() - run.saved > due:
                 save(run, done)
             if stopped and done < run.total:
                 note(f"stopped after step {done} of {run.total}; this continues: {command()}")
@@ -165,7 +170,7 @@ def number(kind, low, high=math.inf):
         if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__                      # for argparse's message
     return parse
 
 
@@ -223,14 +228,16 @@ def dependent(args):
     Learning rate, momentum, decay, batch, temperature and augmentation are simclr-cifar10's for 100 epochs [code], but
     for shapes; the rest is ours [reading].
     """
-    paired, shapes = args.predictor != "none", args.dataset == "shapes"
-    yield "head", "mlp" if paired else "parametric", True, ""
+    predicts, shapes = args.predictor != "none", args.dataset == "shapes"
+    yield "head", "mlp" if predicts else "parametric", True, ""
     yield "encoder", "convnet" if shapes else "resnet18", True, ""
-    head, sizes = list(HEADS[args.head](8).parameters()), inspect.signature(HEADS[args.head]).parameters
-    predictor, small = paired and list(PREDICTORS[args.predictor](8).parameters()), args.encoder.startswith("convnet")
-    default = "infonce" if not paired else "bn" if args.predictor in ("identity", "offdiag") else "cosine"
-    yield "loss", default, paired or args.loss not in ("cosine", "bn"), f"{args.loss} needs a --predictor"
-    yield "target", "stopgrad", paired, "only a prediction has a target: add --predictor mlp"
+    sizes = inspect.signature(HEADS[args.head]).parameters
+    head = list(HEADS[args.head](8).parameters())               # empty where there is nothing to train
+    predictor = list(PREDICTORS[args.predictor](8).parameters()) if predicts else []
+    small = args.encoder.startswith("convnet")
+    default = "infonce" if not predicts else "bn" if args.predictor in ("identity", "offdiag") else "cosine"
+    yield "loss", default, predicts or args.loss not in ("cosine", "bn"), f"{args.loss} needs a --predictor"
+    yield "target", "stopgrad", predicts, "only a prediction has a target: add --predictor mlp"
     yield "ema", 0.99, args.target == "ema", "needs --target ema"
     yield "tau", 0.5, args.loss == "infonce", f"the loss {args.loss} has no temperature"
     yield "head_lr", 1.0, head, f"nothing to train in --head {args.head}"
@@ -241,14 +248,16 @@ def dependent(args):
     yield "inner_batch", "same", args.inner_steps, "needs --inner-steps K"
     yield "inner_start", "warm", args.inner_steps, "needs --inner-steps K"
     yield "inner_gradient", "envelope", args.inner_steps, "needs --inner-steps K"
-    yield "projector_bn", "yes" if paired and args.loss != "bn" else "no", True, ""
+    yield "projector_bn", "yes" if predicts and args.loss != "bn" else "no", True, ""
     yield "sparsity", 0.1 if args.head == "sparse" else 0.0, True, ""
     yield "sparsity_norm", "l21", args.sparsity, "needs --sparsity LAMBDA or --head sparse"
     yield "dim", 128 if head else None, "d" in sizes, f"--head {args.head} has the encoder's width"
     yield "depth", 2, "depth" in sizes, f"--head {args.head} has a fixed number of layers"
     yield "hidden", None, "hidden" in sizes and args.depth != 1, f"--head {args.head} has no hidden layer"
     yield "data", "data", not shapes, "shapes are drawn, not read: name a --dataset"
-    yield "image_size", SIZES[args.dataset], True, ""
+    size = SIZES[args.dataset]
+    own = args.dataset != "folder" and args.image_size not in (None, size)
+    yield "image_size", size, not own, f"{args.dataset} has images of {size} px"
     yield "epochs", (8 if shapes else 20) if small else 100, True, ""
     yield "batch_size", 256 if small else 512, True, ""
     yield "crop_scale", 0.5 if shapes else 0.2, True, ""
@@ -258,20 +267,18 @@ def dependent(args):
 def parse_args(argv=None) -> argparse.Namespace:
     """The arguments, with their defaults. Raises UserError where they clash."""
     args = parser().parse_args(argv)
-    for flag, default, meant, why in dependent(args):
+    for flag, default, applies, why in dependent(args):
         if getattr(args, flag) is None:
-            setattr(args, flag, default if meant else None)
-        elif not meant:
+            setattr(args, flag, default if applies else None)
+        elif not applies:
             raise UserError(f"--{flag.replace('_', '-')}: {why}")
     unrolled = args.inner_gradient == "unrolled"
     for clash, why in (
             (args.inner_steps and not args.head_lr and not args.predictor_lr,
              "--inner-steps: there is no trainable head to fit: add --inner-steps 0"),
             (unrolled and args.inner_batch == "other", "--inner-batch: no gradient passes through the other batch"),
-            (unrolled and RANKS > 1, "--inner-gradient: unrolled runs in one process only"),
-            (args.sparsity and not args.head_lr, f"--sparsity: --head {args.head} has no weights that train"),
-            (args.dataset != "folder" and args.image_size != SIZES[args.dataset],
-             f"--image-size: {args.dataset} has images of {SIZES[args.dataset]} px")):
+            (unrolled and WORLD_SIZE > 1, "--inner-gradient: unrolled runs in one process only"),
+            (args.sparsity and not args.head_lr, f"--sparsity: --head {args.head} has no weights that train")):
         if clash:
             raise UserError(why)
     args.data = args.data and os.path.abspath(args.data)        # so that a run finds its images from anywhere
@@ -282,7 +289,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def flags(args) -> list[str]:
     """The flags, "--name value" each, that make these arguments: those that differ from their defaults."""
-    usual = vars(parser().parse_args([])) | {flag: default for flag, default, meant, _ in dependent(args) if meant}
+    usual = vars(parser().parse_args([])) | {flag: default for flag, default, applies, _ in dependent(args) if applies}
     return [f"--{flag.replace('_', '-')} {value}" for flag, value in vars(args).items()
             if flag not in PLACES and value != usual[flag]]
 
@@ -414,10 +421,11 @@ def training_images(args, device) -> Tensor:
     if LOCAL_RANK:
         dist.barrier()                      # a machine's first process downloads or decodes, then the others read
     images, _ = load_dataset(args.dataset, args.data, True, args.image_size, args.limit)    # the labels are not used
-    if RANKS > 1 and not LOCAL_RANK:
+    if WORLD_SIZE > 1 and not LOCAL_RANK:
         dist.barrier()
-    if len(images) < (args.limit or 2):
-        raise UserError(f"there are {len(images)} training images, and {args.limit or 2} are needed")
+    wanted = args.limit or 2
+    if len(images) < 0.99 * wanted:         # 1 % may be unreadable
+        raise UserError(f"there are {len(images)} training images, and {wanted} are needed")
     fits = device.type != "cuda" or images.numel() < torch.cuda.mem_get_info(device)[0] / 2
     return images.to(device) if fits else images
 
@@ -426,9 +434,9 @@ def two_views(images, args, steps: range, per_epoch: int, N: int, device):
     """For each step (x, other), a function of (args.seed, step) alone: x (2N, 3, S, S), two views of its N images, and
     with --inner-batch other two views of N images drawn anew, else None. Each of several processes makes its part."""
     def views(chosen, g):
-        part = chosen[RANK * N // RANKS:][:N // RANKS]
+        part = chosen[RANK * N // WORLD_SIZE:][:N // WORLD_SIZE]
         batch = to_device(images[to_device(part, images.device)], device)
-        x = [augment(batch, g, args.crop_scale, args.hue, args.grayscale, RANK, RANKS) for view in (1, 2)]
+        x = [augment(batch, g, args.crop_scale, args.hue, args.grayscale, RANK, WORLD_SIZE) for view in (1, 2)]
         return torch.cat(x).contiguous(memory_format=torch.channels_last)
     for step in steps:
         epoch, i = divmod(step, per_epoch)
@@ -504,7 +512,9 @@ def augment(images: Tensor, generator, crop_scale=0.2, hue=0.1, grayscale=0.1, r
     factors, shift = 1 + applied * uniform(-0.4, 0.4, 3), applied * uniform(-hue, hue)
     gray = (uniform(0, 1) < grayscale).float()
     order = torch.randperm(4, generator=generator, device=generator.device).tolist()
-    blurred, sigma = ((uniform(0, 1) < 0.5).float(), uniform(0.1, 2)) if S > 64 else (gray, gray)
+    blurred, sigma = torch.zeros(N), torch.ones(N)
+    if S > 64:
+        blurred, sigma = (uniform(0, 1) < 0.5).float(), uniform(0.1, 2)
     drawn = torch.stack([top, height, left, width, flip, sigma, *factors, shift, gray, blurred])
     drawn = to_device(drawn, device)[..., None, None, None]                    # 12 x N x 1 x 1 x 1
     if device.type != "cpu":
@@ -618,21 +628,22 @@ def build(args, device="cpu") -> Model:
 def optimizers(model: Model, args) -> list[torch.optim.SGD]:
     """SGD on theta and on phi, apart so that either can move alone. `train` sets a group's learning rate: `scale` times
     the schedule's, or times its peak where `constant`."""
-    f, g, q = ({"params": list(module.parameters()), "scale": scale or 0.0, "constant": False}
-               for module, scale in ((model.f, 1.0), (model.g, args.head_lr), (model.q, args.predictor_lr)))
-    q["constant"] = args.predictor_schedule == "constant"
+    f = {"params": list(model.f.parameters()), "scale": 1.0, "constant": False}
+    g = {"params": list(model.g.parameters()), "scale": args.head_lr or 0.0, "constant": False}
+    q = {"params": list(model.q.parameters()), "scale": args.predictor_lr or 0.0,
+         "constant": args.predictor_schedule == "constant"}
     if args.predictor == "offdiag":
         q["weight_decay"] = 0.0                                 # decay alone would bring the head back to the identity
     fused = next(model.f.parameters()).is_cuda
     both = [torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused)
             for groups in ([f], [g, q])]
-    for optimizer in both if RANKS > 1 else ():
+    for optimizer in both if WORLD_SIZE > 1 else ():
         optimizer.register_step_pre_hook(average_gradients)
     return both
 
 
 @torch.no_grad()
-def follow(model: Model, momentum: float) -> None:
+def update_target(model: Model, momentum: float) -> None:
     """BYOL's moving average of the parameters; BatchNorm's buffers are the copy's own, which is in train mode too."""
     for p, fast in zip(model.target.parameters(), nn.Sequential(model.f, model.g).parameters()):
         p.lerp_(fast, 1 - momentum)
@@ -661,14 +672,14 @@ def replacing(path: Path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}; what it held before is as it was") from None
+        raise UserError(f"cannot write {path}: {e.strerror or e}; what it held before is as it was") from None
     finally:
         with contextlib.suppress(OSError):                      # it is there only after an error
             temporary.unlink()
 
 
 @contextlib.contextmanager
-def ours(path: Path):
+def checkpoint_errors(path: Path):
     """Whatever fails inside, the file at `path` is not a checkpoint of ours: UserError."""
     try:
         yield
@@ -686,29 +697,32 @@ def start_run(args, images: Tensor, parts: dict, per_epoch: int, device) -> argp
     run = argparse.Namespace(args=args, out=out, parts=parts, images=[len(images), zlib.crc32(images.cpu().numpy())],
                              per_epoch=per_epoch, step=0, total=args.epochs * per_epoch, losses=[],
                              began=now, epoch_began=now, said=now, saved=now)
-    found = [None, None]
+    found = [None]
     if RANK == 0 and file.exists():
-        with ours(file):
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            found = [checkpoint, checkpoint["args"] | {"images": checkpoint["images"]}]
+        with checkpoint_errors(file):
+            found = [torch.load(file, map_location="cpu", weights_only=True)]
     elif RANK == 0 and log.exists():
         raise UserError(f"--out {out} holds a metrics.jsonl without a checkpoint: choose another")
-    if RANKS > 1:
+    if WORLD_SIZE > 1:
         dist.broadcast_object_list(found)                       # the first process knows
-    old, there = found
+    old, there = found[0], {}
+    if old is not None:
+        with checkpoint_errors(file):
+            there = old["args"] | {"images": old["images"]}
     if args.precision is None:                                  # a run that moves to another device keeps its own
-        args.precision = there.get("precision") if old else native_precision(device)
+        args.precision = there.get("precision") or native_precision(device)
     run.log = [json.dumps({
         "command": command(), "args": vars(args), "images": len(images), "python": sys.version.split()[0],
         "torch": torch.__version__, "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
-        "processes": RANKS, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)})]
-    if old:
+        "processes": WORLD_SIZE,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)})]
+    if there:
         differ = [f"{flag.replace('_', '-')} {there.get(flag)} there, {value} here"
                   for flag, value in [*vars(args).items(), ("images", run.images)]
                   if flag not in PLACES and there.get(flag) != value]
         if differ:
             raise everywhere(UserError(f"--out {out} holds another run: {'; '.join(differ)}: choose another"))
-        with ours(file):
+        with checkpoint_errors(file):
             for name, part in parts.items():
                 part.load_state_dict(old[name])
             run.step = int(old["step"])
@@ -716,29 +730,30 @@ def start_run(args, images: Tensor, parts: dict, per_epoch: int, device) -> argp
     else:
         save(run, 0)
     say(f"{out}: {len(images)} images of {args.image_size} px, {args.encoder} in {args.precision} on {device}, "
-        f"step {run.step} of {run.total}" + f", {RANKS} processes" * (RANKS > 1))
+        f"step {run.step} of {run.total}" + f", {WORLD_SIZE} processes" * (WORLD_SIZE > 1))
     return run
 
 
 def save(run, step: int) -> None:
     """Write the checkpoint. Raises UserError where a weight is not finite: what was saved before stays."""
+    if RANK:                                                    # all processes have the same weights
+        return
     states = {name: part.state_dict() for name, part in run.parts.items()}
     if not all(t.isfinite().all() for name in states.keys() - {"theta", "phi"} for t in states[name].values()):
         raise diverged("a weight or a BatchNorm's statistic is not finite", step, run.args)
-    if RANK == 0:
-        buffer = io.BytesIO()
-        torch.save({"args": vars(run.args), "step": step, "images": run.images, **states}, buffer)
-        with replacing(run.out / "checkpoint.pt") as file:
-            file.write(buffer.getbuffer())
+    buffer = io.BytesIO()
+    torch.save({"args": vars(run.args), "step": step, "images": run.images, **states}, buffer)
+    with replacing(run.out / "checkpoint.pt") as file:
+        file.write(buffer.getbuffer())
     run.saved = time.perf_counter()
 
 
-def look(run, step: int) -> list[float]:
+def check_losses(run, step: int) -> list[float]:
     """The means of [loss, inner loss] over the epoch's steps so far. Raises UserError for one that is not finite."""
     values = torch.stack(run.losses).cpu()                      # this waits for a GPU
-    if RANKS > 1:
+    if WORLD_SIZE > 1:
         dist.all_reduce(values)
-        values /= RANKS
+        values /= WORLD_SIZE
     for i, loss in enumerate(values[:, 0].tolist(), step + 1 - len(values)):
         if not math.isfinite(loss):
             raise diverged(f"the loss is {loss}", i, run.args)
@@ -752,7 +767,7 @@ def diverged(what: str, step: int, args) -> BaseException:
 
 def end_epoch(run, step: int, lr: float, h: Tensor, model: Model) -> None:
     """Measure the epoch and its last batch, add a line to metrics.jsonl and print it. README.md explains the keys."""
-    args, (loss, inner) = run.args, look(run, step)
+    args, (loss, inner) = run.args, check_losses(run, step)
     seconds = time.perf_counter() - run.epoch_began
     with torch.no_grad():
         z = model.g.eval()(h)
@@ -769,7 +784,7 @@ def end_epoch(run, step: int, lr: float, h: Tensor, model: Model) -> None:
     if args.predictor == "offdiag":
         line["offdiag"] = model.q.E.norm().item()
     if args.predictor == "linear":
-        line["moved"] = (model.q.weight.detach() - model.start[-1]).norm().item()       # since the start
+        line["moved"] = (model.q.weight.detach() - model.start[-1]).norm().item()       # q's only weight
     if args.sparsity:
         line["penalty"] = sparsity(model.g, args.sparsity_norm).item()
         line["pruned"] = projhead.fraction_pruned(model.g, h)
@@ -794,23 +809,20 @@ def tell(run, step: int) -> None:
 
 
 def command() -> str:
-    return shlex.join((["torchrun", "--nproc-per-node", str(LOCAL_RANKS)] if RANKS > 1 else ["python"]) + sys.argv)
+    start = ["torchrun", "--nproc-per-node", str(LOCAL_WORLD_SIZE)] if WORLD_SIZE > 1 else ["python"]
+    return shlex.join(start + sys.argv)
 
 
 # ---------------------------------------------------------------------------- several processes, signals, the terminal
 
-RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (            # torchrun sets these, and MASTER_ADDR
-    int(os.environ.get(name, default)) if "MASTER_ADDR" in os.environ else default
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-
-
 def join(args) -> torch.device:
     """This process's device; under torchrun it joins the others, by nccl on GPUs and gloo on CPUs. Raises UserError."""
-    device = usable(f"cuda:{LOCAL_RANK}" if RANKS > 1 and args.device == "cuda" else args.device)
-    if RANKS > 1 and not dist.is_initialized():
+    device = usable(f"cuda:{LOCAL_RANK}" if WORLD_SIZE > 1 and args.device == "cuda" else args.device)
+    if WORLD_SIZE > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))       # one may decode, the others wait
     return device
 
 
@@ -833,7 +845,7 @@ def average_gradients(optimizer, *_) -> None:
     """Before each step of an optimizer: its gradients become their means over the processes, in one message."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if gradients:
-        mean = torch.cat([g.flatten() for g in gradients]) / RANKS
+        mean = torch.cat([g.flatten() for g in gradients]) / WORLD_SIZE
         dist.all_reduce(mean)
         for g, new in zip(gradients, mean.split([g.numel() for g in gradients])):
             g.copy_(new.view_as(g))
@@ -841,13 +853,15 @@ def average_gradients(optimizer, *_) -> None:
 
 @contextlib.contextmanager
 def signals():
-    """A list that will hold the first SIGINT or SIGTERM; a second one ends the process."""
+    """A list that will hold the first SIGINT or SIGTERM. A second one ends the process, but under torchrun, which
+    passes on what its processes already have."""
     caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
     def first(number, _):
         caught.append(number)
-        os.write(2, b"\nfinishing the step, then saving (again: stop at once)\n" * (RANK == 0))
-        for number in numbers * (RANKS == 1):                   # torchrun passes on what has come already
-            signal.signal(number, signal.SIG_DFL)
+        if RANK == 0:
+            os.write(2, b"\nfinishing the step, then saving (again: stop at once)\n")
+        for each in numbers if WORLD_SIZE == 1 else ():
+            signal.signal(each, signal.SIG_DFL)
     before = [signal.signal(number, first) for number in numbers]
     try:
         yield caught
@@ -859,7 +873,7 @@ def signals():
 def first_signal(caught: list[int]) -> int:
     """The signal after which to stop, or 0, the same in all processes. This waits for them, not for their GPUs."""
     number = torch.tensor(caught[0] if caught else 0)
-    if RANKS > 1:
+    if WORLD_SIZE > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
@@ -883,7 +897,8 @@ def main(run) -> None:
         os._exit(1)
     except (UserError, OSError, RuntimeError, MemoryError) as e:
         memory = isinstance(e, MemoryError) or "to allocate" in str(e)
-        others = RANKS > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e))      # one has stopped, and said why
+        lost = isinstance(e, dist.DistError) or "gloo" in str(e)
+        others = WORLD_SIZE > 1 and lost                        # another process has stopped, and said why
         if isinstance(e, RuntimeError) and not memory and not others:
             raise
         if not others:
