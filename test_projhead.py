@@ -833,7 +833,12 @@ def test_a_signal_saves_and_the_printed_command_continues(flags, number, at, mon
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):
-    before_each_step(monkeypatch, lambda step: [*map(signal.raise_signal, (signal.SIGTERM, signal.SIGINT))])
+    def twice(step):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.01)                                # Python calls the handler of the first
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(60)
+    before_each_step(monkeypatch, twice)
     assert ended(forked(lambda: run("--head mlp"))) == -signal.SIGINT and saved()["step"] == 0
     assert Path("child").read_text().strip() == "finishing the step, then saving (again: stop at once)"
 
