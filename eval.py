@@ -427,7 +427,8 @@ def collect(runs: list, question: dict) -> tuple[dict, list[str]]:
         logged = {(key, "h"): value for key, value in last_epoch(run).items()}
         methods.setdefault(tuple(flags), {})[args.seed] = values | logged
         start.setdefault(f"untrained {args.encoder}" + f", {run.images[0]} images" * several, {})[args.seed] = {
-            (key, "h"): value for (key, tap), value in values.items() if tap == "h untrained"}
+            (key, "h"): value for (key, tap), value in values.items()           # but what depends on the run's views
+            if tap == "h untrained" and not key.startswith(("alignment", "within", "between"))}
         if run.step < run.steps:
             note(f"{run.path} is not finished: step {run.step} of {run.steps}")
     common = set.intersection(*map(set, methods)) if len(methods) > 1 else set()
