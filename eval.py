@@ -538,13 +538,13 @@ def draw_neighbors(run, path, dataset=None, data=None, n: int = 8, k: int = 8) -
     cosines = {tap: F.normalize(b[tap], dim=1) @ F.normalize(a[tap], dim=1).T for tap in ("h", "z") if tap in b}
     for i in range(len(b["h"])):
         for tap in cosines:
-            tiles = [(test_images[i], f"test: {name(test_labels[i]) or 'no class'}") if tap == "h" else (None, "")]
+            tiles = [(test_images[i], name(test_labels[i]) or "no class") if tap == "h" else (None, "")]
             for j in cosines[tap][i].topk(min(k, len(a[tap]))).indices.tolist():
                 same = test_labels[i, 0] >= 0 and test_labels[i, 0] == train_labels[j, 0]
                 tiles.append((train_images[j], name(train_labels[j]), *["green"] * bool(same)))
             rows.append((tap, tiles))
         rows.append(("", []))
-    picture(rows[:-1], path, f"{run.path}: test images and their nearest training images, framed if the class agrees")
+    picture(rows[:-1], path, f"{run.path}: test images, then their nearest training images, framed if of one class")
 
 
 def draw_views(run, path, data=None, n: int = 8, k: int = 8) -> None:
