@@ -113,7 +113,7 @@ def log_of(out="run"):
 
 def same_run(a, b, *but):
     """Whether two runs' networks, momentum and logs agree to the last bit, but for some keys of the log."""
-    timed = ("seconds", "views_per_s", "memory", "command", "args", *but)
+    timed = ("seconds", "views_per_s", "command", "args", *but)
     logs = [[{k: v for k, v in line.items() if k not in timed} for line in log_of(r)] for r in (a, b)]
     return same_bits(saved(a), saved(b)) and logs[0] == logs[1]
 

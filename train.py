@@ -43,7 +43,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 import projhead
 from projhead import ENCODERS, HEADS, LOSSES, NORMS, PREDICTORS, fit_head, sparsity, unroll_head
 
-RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE = (            # torchrun sets these, and MASTER_ADDR
+RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE = (  # torchrun sets these, and MASTER_ADDR
     int(os.environ.get(name, default)) if "MASTER_ADDR" in os.environ else default
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
 
@@ -75,7 +75,7 @@ def train_step(x: Tensor, model, theta, phi, args, other: Tensor | None = None) 
     other is a batch like x, which the inner steps of --inner-batch other see.
     """
     h = encode(model.f, x, args)                        # 2N x D, once; heads and losses run in float32
-    t, inner = target_z(model, x, args), None               # 2N x d, with --target ema
+    t, inner = target_z(model, x, args), None           # 2N x d, with --target ema
     start = model.start if args.inner_start == "reset" else None
     theta.zero_grad(), phi.zero_grad()
     if args.inner_gradient == "unrolled":               # Gupta et al.: L(theta, phi_K(theta)), through the inner steps
