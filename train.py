@@ -697,18 +697,16 @@ def start_run(args, images: Tensor, parts: dict, per_epoch: int, device) -> argp
     run = argparse.Namespace(args=args, out=out, parts=parts, images=[len(images), zlib.crc32(images.cpu().numpy())],
                              per_epoch=per_epoch, step=0, total=args.epochs * per_epoch, losses=[],
                              began=now, epoch_began=now, said=now, saved=now)
-    found = [None]
+    found = [None, {}]                                          # the checkpoint, and what of it must be the same here
     if RANK == 0 and file.exists():
         with checkpoint_errors(file):
-            found = [torch.load(file, map_location="cpu", weights_only=True)]
+            old = torch.load(file, map_location="cpu", weights_only=True)
+            found = [old, old["args"] | {"images": old["images"]}]
     elif RANK == 0 and log.exists():
         raise UserError(f"--out {out} holds a metrics.jsonl without a checkpoint: choose another")
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(found)                       # the first process knows
-    old, there = found[0], {}
-    if old is not None:
-        with checkpoint_errors(file):
-            there = old["args"] | {"images": old["images"]}
+    old, there = found
     if args.precision is None:                                  # a run that moves to another device keeps its own
         args.precision = there.get("precision") or native_precision(device)
     run.log = [json.dumps({
