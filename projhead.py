@@ -130,7 +130,7 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, start: list[
     unroll_head has. Behind a stop-gradient both levels do not minimize one L, and the inner steps are a heuristic.
 
     If L is the population's, alternating and joint descent share their minimizers: only the path differs, which matters
-    (README). After 2 steps on a batch dL/dtheta is nearly joint training's; 20 fit phi to that batch (a test prints it).
+    (README). After 2 steps on a batch dL/dtheta is nearly joint training's; 20 fit phi to that batch (a test shows).
     InfoNCE is free of the last layer's scale, so with weight decay on phi L + decay has no minimizer. Needs _restart.
     """
     _restart(optimizer, steps, start)
