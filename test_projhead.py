@@ -1823,15 +1823,24 @@ def test_wen_li(without):
         assert collapsed[-1] >= 30 and lost[-1] >= 160 and drawn[-1] - drawn[0] <= 30
 
 
-def test_wen_li_the_head_leaves_the_identity_and_returns():
+def test_wen_li_substitution_acceleration_and_the_heads_return():
     """In starts that collapse without the head, and learn both features with it."""
     path, at = wen_li("nothing")
     saved = wen_li_outcome(at[-1])[0] & wen_li_outcome(wen_li("head")[1][-1])[1]
-    E, separated, drawn = path[:, saved, 8:].abs().amax(dim=2), saved[:WL].sum(), saved[WL:].sum()
-    most, last = E.amax(dim=0), E[-1].max()
-    print(f"\n{separated} of {WL} separated starts, {drawn} of {WL_DRAWN} as drawn; |E| up to {most.min():.3f} to "
+    path, separated, drawn = path[:, saved], saved[:WL].sum(), saved[WL:].sum()
+    E = path[..., 8:].abs()
+    most, last = E.amax(dim=(0, 2)), E[-1].max()
+    # substitution: on samples with v_1, E_21 f_1 outweighs f_2; acceleration: at E_21's peak, though not with E = 0
+    # there, w_2 grows faster on v_2 than on v_1
+    substituted = (E[..., 1] * path[..., 0].abs() ** 3 > path[..., 4].abs() ** 3).any(dim=0).sum()
+    peak = path[E[..., 1].argmax(dim=0), torch.arange(len(most))]
+    growth = [(wen_li_flow(y, "nothing") / y)[:, 4:6] for y in (peak, F.pad(peak[:, :8], (0, 2)))]     # of log |w_2|
+    faster, faster_without = ((on[:, 1] > on[:, 0]).sum() for on in growth)
+    print(f"\n{separated} of {WL} separated starts, {drawn} of {WL_DRAWN} as drawn: substitution in {substituted}, "
+          f"acceleration in {faster}, with E = 0 there in {faster_without}; |E| up to {most.min():.3f} to "
           f"{most.max():.3f}, the last {last:.0e}")
     assert separated >= 30 and drawn >= 75 and most.min() > 0.02 and last < 0.02
+    assert substituted > 0.8 * len(most) and faster > 0.95 * len(most) and faster_without < 0.4 * len(most)
 
 
 # ---------------------------------------------------------------------------- what README.md and others rely on
