@@ -229,12 +229,10 @@ class OffDiagonal(nn.Module):
     off-diagonal entries trainable. [paper]
 
     Why it prevents dimensional collapse [paper]: a feature that one neuron has learned stands in, through the head, for
-    the same feature in another (substitution), which then learns the weaker features faster (acceleration). A test
-    shows both in the paper's simple setting.
-
-    The diagonal is 1 by construction, whatever the optimizer does to A. Train A without weight decay, which would bring
-    the head back to the identity by itself [reading]. In the paper's simple setting the learning rate of A is at most
-    the encoder's [paper]; for real images see train.py --predictor-lr.
+    the same feature in another (substitution), which then learns the weaker features faster (acceleration); a test has
+    both, in the paper's simple setting. The diagonal is 1 by construction, whatever the optimizer does to A. Train A
+    without weight decay, which would bring the head back to the identity by itself [reading]. In the simple setting the
+    learning rate of A is at most the encoder's [paper]; for real images see train.py --predictor-lr.
     """
 
     def __init__(self, d: int):

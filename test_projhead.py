@@ -1830,8 +1830,8 @@ def test_wen_li_substitution_acceleration_and_the_heads_return():
     path, separated, drawn = path[:, saved], saved[:WL].sum(), saved[WL:].sum()
     E = path[..., 8:].abs()
     most, last = E.amax(dim=(0, 2)), E[-1].max()
-    # substitution: on samples with v_1, E_21 f_1 outweighs f_2; acceleration: at E_21's peak, though not with E = 0
-    # there, w_2 grows faster on v_2 than on v_1
+    # substitution: on samples with v_1, E_21 f_1 outweighs f_2
+    # acceleration: w_2 grows faster on v_2 than on v_1, at E_21's peak, and seldom with E = 0 there
     substituted = (E[..., 1] * path[..., 0].abs() ** 3 > path[..., 4].abs() ** 3).any(dim=0).sum()
     peak = path[E[..., 1].argmax(dim=0), torch.arange(len(most))]
     growth = [(wen_li_flow(y, "nothing") / y)[:, 4:6] for y in (peak, F.pad(peak[:, :8], (0, 2)))]     # of log |w_2|
