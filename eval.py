@@ -248,7 +248,7 @@ def table(run, ks=(20, 200), dataset=None, data=None, inside=True) -> list[dict]
                 row["within image"], row["within class" + label], row["between classes" + label] = \
                     projhead.variance_fractions(view1[tap][known], view2[tap][known], labels[:, i])
             if tap + name == "h" and any(isinstance(layer, nn.Linear) for layer in layers(run.head)):
-                row["seen"] = 100 * projhead.seen(x, projhead.first_weight(run.head))
+                row["seen"] = 100 * projhead.seen(x, projhead.first_weight(run.head)[0])
                 row["carrying"] = carrying(run, all_images)
             rows.append(row)
     return rows

@@ -73,21 +73,24 @@ class NoHead(nn.Sequential):
 
 
 class MLP(nn.Sequential):
-    """z = W2 relu(W1 h), with biases: (N, D) -> (N, d). SimCLR's head with one hidden layer [paper].
+    """z = W2 relu(BN(W1 h)) + b2: (N, D) -> (N, d). SimCLR's head with one hidden layer [paper].
 
     hidden is 2 D unless given [reading], and d is 128: for ResNet-18 this is the 512-1024-128 of simclr-cifar10 [code].
-    depth is the number of linear layers, with a ReLU between any two: Gupta et al. study the head's layers [paper].
-    Raises ValueError for depth < 1.
+    bn: a BatchNorm behind each hidden layer, whose Linear then has no bias, as in SimCLR's and lightly's heads [code];
+    simclr-cifar10's and solo-learn's have none [code]. depth is the number of linear layers: Gupta et al. study the
+    head's layers [paper]; without a hidden one bn has no effect. Raises ValueError for depth < 1, and with bn for N = 1
+    in training.
     """
 
-    def __init__(self, D: int, d: int = 128, hidden: int | None = None, depth: int = 2):
+    def __init__(self, D: int, d: int = 128, hidden: int | None = None, depth: int = 2, bn: bool = True):
         if depth < 1:
             raise ValueError(f"depth must be at least 1, not {depth}")
-        widths = [D] + [hidden or 2 * D] * (depth - 1) + [d]
-        layers = []
-        for i in range(depth):
-            layers += [nn.Linear(widths[i], widths[i + 1]), nn.ReLU()]
-        super().__init__(*layers[:-1])                              # no ReLU at the end
+        width, layers = D, []
+        for _ in range(depth - 1):
+            layers += [nn.Linear(width, hidden or 2 * D, bias=not bn)]
+            width = hidden or 2 * D
+            layers += [nn.BatchNorm1d(width), nn.ReLU()] if bn else [nn.ReLU()]
+        super().__init__(*layers, nn.Linear(width, d))
 
 
 class LinearHead(MLP):
@@ -122,6 +125,7 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, start: list[
 
     loss_fn() computes L from detached h; optimizer holds phi alone: the encoder stays as it is. The caller then makes
     one step on theta, with phi held fixed. start: the values from which phi starts, its momentum 0; None: where it is.
+    Where the head has a BatchNorm, each inner step moves its running statistics too, which `start` leaves as they are.
     Returns the loss that the last inner step started from (a detached scalar). Raises ValueError for steps < 1.
 
     The paper makes the head a component of InfoNCE and derives another optimization from that [paper]. The equation is
@@ -198,27 +202,36 @@ def sparsity(head: nn.Module, norm: str = "l21") -> Tensor:
     """R(W), a scalar >= 0, of the first linear layer W (out, in) of any head; norm is a key of NORMS. [reading]
 
     "l21" is sum_i ||W_:,i|| / ||W||_F over input features i: 1 to sqrt(in), NaN where W is 0. Without the division
-    ("l21-plain", the group lasso) shrinking all of W lowers R, and costs nothing where a normalization follows. R is no
-    function of the network: h_i times s and W_:,i over s leave z as it is; the encoder's last BatchNorm can do that.
-    ValueError for another norm, or a head without linear layer. Needs NORMS, first_weight.
+    ("l21-plain", the group lasso) shrinking all of W lowers R, and costs nothing where a normalization follows. Where a
+    BatchNorm follows, the scale of each row of W is free, and R is that of W with unit rows. R is no function of the
+    network all the same: h_i times s and W_:,i over s leave z as it is; the encoder's last BatchNorm can do that.
+    ValueError for another norm, a head without linear layer, and "l21-out" before a BatchNorm, where it is constant.
+    Needs NORMS, first_weight.
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
-    return NORMS[norm](first_weight(head))
+    W, free_rows = first_weight(head)
+    if free_rows and norm == "l21-out":
+        raise ValueError("l21-out is constant where a BatchNorm follows the first layer")
+    return NORMS[norm](F.normalize(W, dim=1) if free_rows else W)
 
 
-def first_weight(head: nn.Module) -> Tensor:
-    """The weight (out, in) of the head's first linear layer; raises ValueError where there is none."""
-    for layer in head.modules():
+def first_weight(head: nn.Module) -> tuple[Tensor, bool]:
+    """The weight (out, in) of the head's first linear layer, and whether a BatchNorm follows it, which makes the scale
+    of its rows free. Raises ValueError where there is none."""
+    layers = [m for m in head.modules() if not list(m.children())]
+    for layer, after in zip(layers, [*layers[1:], None]):
         if isinstance(layer, nn.Linear):
-            return layer.weight
+            return layer.weight, isinstance(after, nn.modules.batchnorm._BatchNorm)
     raise ValueError("the head has no linear layer")
 
 
 def fraction_pruned(head: nn.Module, h: Tensor) -> float:
     """The fraction, 0 to 1, of input features whose ||W_:,i|| sd(h_i) is below 1e-3 of the largest: W is the head's
     first layer, sd over the rows of h (M, D). ValueError where there is none. Needs first_weight. [reading]"""
-    columns = first_weight(head).detach().norm(dim=0) * h.std(dim=0)
+    W, free_rows = first_weight(head)
+    W = W.detach() * h.std(dim=0)           # a scale that moves between h_i and W_:,i leaves this, and the network, alone
+    columns = (F.normalize(W, dim=1) if free_rows else W).norm(dim=0)           # so does, before a BatchNorm, a row's
     return (columns < 1e-3 * columns.max()).float().mean().item()
 
 
@@ -270,7 +283,7 @@ def batch_norm(z: Tensor, eps: float = 1e-5) -> Tensor:
 class MLPPredictor(nn.Sequential):
     """p = W2 relu(BN(W1 z)): (N, d) -> (N, d), the form of SimSiam's and BYOL's predictor. [paper]
 
-    The hidden width is d/4 [reading]. train.py puts a BatchNorm without affine before it, at g's end (--projector-bn).
+    The hidden width is d/4 [reading]. train.py puts a BatchNorm without affine before it, at g's end (--head-bn).
     Raises ValueError for N = 1 in training.
     """
 

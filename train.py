@@ -181,8 +181,9 @@ def parser() -> Parser:
     add("--depth", type=number(int, 1, 16), help="linear layers of an mlp, parametric or sparse head (default: 2)")
     add("--dim", type=width, help="width of z (default: 128; --head slice: 360/2048 of h)")
     add("--hidden", type=width, help="hidden width of the head (default: twice that of h)")
-    add("--projector-bn", choices=["yes", "no"],
-        help="end g in a BatchNorm without affine (default: no; with a prediction head yes, unless --loss bn)")
+    add("--head-bn", choices=["none", "hidden", "end", "both"], help="BatchNorm behind each hidden layer of g, without "
+        "affine at its end, or both (default: hidden, or none without hidden layer; with a prediction head both or end, "
+        "unless --loss bn)")
     add("--head-lr", type=factor, help="the head's learning rate, times the encoder's; 0: frozen (default: 1)")
     add("--inner-steps", type=number(int, 0), metavar="K",
         help="steps on the heads before each encoder step; 0: joint training (default: 0; --head parametric: 2)")
@@ -248,11 +249,12 @@ def dependent(args):
     yield "inner_batch", "same", args.inner_steps, "needs --inner-steps K"
     yield "inner_start", "warm", args.inner_steps, "needs --inner-steps K"
     yield "inner_gradient", "envelope", args.inner_steps, "needs --inner-steps K"
-    yield "projector_bn", "yes" if predicts and args.loss != "bn" else "no", True, ""
     yield "sparsity", 0.1 if args.head == "sparse" else 0.0, True, ""
     yield "sparsity_norm", "l21", args.sparsity, "needs --sparsity LAMBDA or --head sparse"
     yield "dim", 128 if head else None, "d" in sizes, f"--head {args.head} has the encoder's width"
     yield "depth", 2, "depth" in sizes, f"--head {args.head} has a fixed number of layers"
+    deep, end = "bn" in sizes and args.depth > 1, predicts and args.loss != "bn" and args.head != "reweight"
+    yield "head_bn", [["none", "end"], ["hidden", "both"]][deep][end], True, ""     # lightly's, SimSiam's [reading]
     yield "hidden", None, "hidden" in sizes and args.depth != 1, f"--head {args.head} has no hidden layer"
     yield "data", "data", not shapes, "shapes are drawn, not read: name a --dataset"
     size = SIZES[args.dataset]
@@ -279,6 +281,14 @@ def parse_args(argv=None) -> argparse.Namespace:
             (unrolled and args.inner_batch == "other", "--inner-batch: no gradient passes through the other batch"),
             (unrolled and WORLD_SIZE > 1, "--inner-gradient: unrolled runs in one process only"),
             (args.sparsity and not args.head_lr, f"--sparsity: --head {args.head} has no weights that train")):
+        if clash:
+            raise UserError(why)
+    bn, deep = args.head_bn, "bn" in inspect.signature(HEADS[args.head]).parameters and args.depth > 1
+    for clash, why in (
+            (bn in ("hidden", "both") and not deep, f"--head-bn: {bn} is behind a hidden layer, and there is none"),
+            (bn == "end" and args.head == "reweight", "--head-bn: end would undo --head reweight"),
+            (args.sparsity_norm == "l21-out" and bn in (("hidden", "both") if deep else ("end",)),
+             "--sparsity-norm: l21-out is constant where a BatchNorm follows: add --head-bn none")):
         if clash:
             raise UserError(why)
     args.data = args.data and os.path.abspath(args.data)        # so that a run finds its images from anywhere
@@ -586,8 +596,9 @@ def to_gray(x: Tensor) -> Tensor:
 
 def hsv_to_rgb(h: Tensor, chroma: Tensor, value: Tensor) -> Tensor:
     """h in sixths of a turn, chroma = value * saturation: (N, H, W) each -> (N, 3, H, W)."""
-    k = torch.remainder(h[:, None] + torch.arange(5, 0, -2, device=h.device)[:, None, None], 6)
-    return value[:, None] - chroma[:, None] * (2 - (k - 2).abs()).clamp(0, 1)
+    k = h[:, None] + torch.arange(5, 0, -2, device=h.device)[:, None, None]
+    k = k.remainder_(6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)              # in place: each new tensor costs a CPU
+    return k.mul_(chroma[:, None]).neg_().add_(value[:, None])                  # page faults
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -611,12 +622,15 @@ def build(args, device="cpu") -> Model:
     torch.manual_seed(args.seed)
     f = projhead.encoder(args.encoder, args.image_size)
     sizes = {"d": args.dim, "hidden": args.hidden, "depth": args.depth}
+    sizes = {size: value for size, value in sizes.items() if value}
+    if "bn" in inspect.signature(HEADS[args.head]).parameters:
+        sizes["bn"] = args.head_bn in ("hidden", "both")
     try:
-        g = HEADS[args.head](f.dim, **{size: value for size, value in sizes.items() if value})
+        g = HEADS[args.head](f.dim, **sizes)
     except ValueError as e:
         raise UserError(f"--dim {args.dim}: {e}") from None
     d = g.eval()(torch.zeros(1, f.dim)).shape[1]                # of z
-    if args.projector_bn == "yes":
+    if args.head_bn in ("end", "both"):
         g = nn.Sequential(g, nn.BatchNorm1d(d, affine=False))
     q = nn.Identity() if args.predictor == "none" else PREDICTORS[args.predictor](d)
     f, g, q = (projhead.synchronized(module.to(device)).train() for module in (f, g, q))
