@@ -67,15 +67,10 @@ def layers(head: nn.Module) -> list[nn.Module]:
     return [m for m in head.modules() if not list(m.children())]
 
 
-def layer_name(run, tap: str) -> str:
-    """The class of the layer whose output a tap inside the head is; "" for the other taps."""
-    return type(layers(run.head)[int(tap[2:-1])]).__name__ if tap.startswith("g[") else ""
-
-
 def taps(run, x: Tensor) -> dict[str, Tensor]:
     """{tap: (N, dim)} of normalized images x (N, 3, S, S): h, g[0], g[1] ... (the layers inside the head), z, and p."""
     h, inside = run.encoder(x.contiguous(memory_format=torch.channels_last)).float(), {}
-    hooks = [layer.register_forward_hook(lambda _, __, y, i=i: inside.update({f"g[{i}]": y}))
+    hooks = [layer.register_forward_hook(lambda _, __, y, tap=f"g[{i}] {type(layer).__name__}": inside.update({tap: y}))
              for i, layer in enumerate(layers(run.head))]
     z = run.head(h)
     for hook in hooks:
@@ -216,11 +211,8 @@ def load_data(run, dataset=None, data=None) -> list[tuple]:
 def table(run, ks=(20, 200), dataset=None, data=None, inside=True) -> list[dict]:
     """A row for each tap (without `inside` for h and z alone), the untrained h last.
 
-    {tap, layer, dim; linear, l2, held_out, knn20 ... for each kind of label; rank, centred rank, alignment,
-    uniformity; within image, within class, between classes}. held_out is the linear probe's accuracy on the fifth
-    of the training part that chose its l2; the last three are fractions of the variance
-    (projhead.variance_fractions). The row of h also has, where the head has weights, the percentage of its variance
-    `seen` by the head's first layer, and `carrying`.
+    {tap, dim; linear, l2, held_out, knn20 ... for each kind of label; rank}. held_out is the linear probe's accuracy on
+    the fifth of the training part that chose its l2. The row of h also has `carrying`, where the head has weights.
     """
     (all_images, train_labels, _), (test_images, test_labels, _) = load_data(run, dataset, data)
     train_images, train_labels = labelled(all_images, train_labels, "training")
@@ -232,23 +224,17 @@ def table(run, ks=(20, 200), dataset=None, data=None, inside=True) -> list[dict]
         names = ()
     rows = []
     for name, source in trained_and_not(run):
-        view = random_views(run.args, 0)                # the same of the trained and of the untrained encoder
         a = features(source, train_images) if names else None
-        b, view1, view2 = (features(source, test_images, how) for how in (None, view, view))
+        b = features(source, test_images)
         for tap in [tap for tap in b if inside or tap in ("h", "z")]:
             x, device = b[tap], b[tap].device
-            row = {"tap": tap + name, "layer": layer_name(run, tap), "dim": x.shape[1]}
+            row = {"tap": tap + name, "dim": x.shape[1]}
             for i, label in enumerate(names):
                 four = a[tap], train_labels[:, i].to(device), x[known], labels[:, i].to(device)
                 row["linear" + label], row["l2" + label], row["held_out" + label] = probe(*four)
                 row |= {f"knn{k}{label}": accuracy for k, accuracy in zip(ks, knn(*four, k=list(ks)))}
-            row |= {"rank": projhead.effective_rank(x), "centred rank": projhead.effective_rank(x - x.mean(dim=0)),
-                    "alignment": projhead.alignment(view1[tap], view2[tap]), "uniformity": projhead.uniformity(x)}
-            for i, label in enumerate(names):
-                row["within image"], row["within class" + label], row["between classes" + label] = \
-                    projhead.variance_fractions(view1[tap][known], view2[tap][known], labels[:, i])
+            row["rank"] = projhead.effective_rank(x)
             if tap + name == "h" and any(isinstance(layer, nn.Linear) for layer in layers(run.head)):
-                row["seen"] = 100 * projhead.seen(x, projhead.first_weight(run.head)[0])
                 row["carrying"] = carrying(run, all_images)
             rows.append(row)
     return rows
@@ -293,11 +279,6 @@ def rotate(x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
-def flip(x: Tensor, y: Tensor) -> Tensor:
-    """x (N, 3, S, S), mirrored left to right where y (N,) is 1."""
-    return torch.where(y[:, None, None, None] == 1, x.flip(3), x)
-
-
 def gray(x: Tensor, y: Tensor) -> Tensor:
     """x (N, 3, S, S), without colour where y (N,) is 1."""
     return torch.where(y[:, None, None, None] == 1, train.to_gray(x), x)
@@ -312,11 +293,11 @@ def quadrant(x: Tensor, y: Tensor) -> Tensor:
     return rows @ x @ columns.mT
 
 
-TRANSFORMS = {"rotation": (rotate, 4), "flip": (flip, 2), "gray": (gray, 2), "quadrant": (quadrant, 4)}    # and classes
+TRANSFORMS = {"rotation": (rotate, 4), "gray": (gray, 2), "quadrant": (quadrant, 4)}    # and classes
 
 
 def transform_table(run, dataset=None, data=None, inside=True) -> list[dict]:
-    """A row {tap, layer, dim, rotation, flip, gray, quadrant} for each tap (without `inside` for h and z alone), the
+    """A row {tap, dim, rotation, gray, quadrant} for each tap (without `inside` for h and z alone), the
     untrained h and chance last.
 
     Each cell is a linear probe's accuracy in percent, for which of the transformation's classes was done to an image.
@@ -330,11 +311,11 @@ def transform_table(run, dataset=None, data=None, inside=True) -> list[dict]:
         for name, source in trained_and_not(run):
             (a, a_y), (b, b_y) = (transformed(source, images, transform, classes, i) for i, images in enumerate(parts))
             for tap in [tap for tap in a if inside or tap in ("h", "z")]:
-                begun = {"tap": tap + name, "layer": layer_name(run, tap), "dim": a[tap].shape[1]}
+                begun = {"tap": tap + name, "dim": a[tap].shape[1]}
                 row = rows.setdefault(tap + name, begun)
                 row[column], row["l2 " + column] = linear_probe(a[tap], a_y, b[tap], b_y)
     chance = {column: 100 / classes for column, (_, classes) in TRANSFORMS.items()}
-    return [*rows.values(), {"tap": "chance", "layer": "", "dim": 0, **chance}]
+    return [*rows.values(), {"tap": "chance", "dim": 0, **chance}]
 
 
 def transformed(run, images: Tensor, transform, classes: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -374,7 +355,7 @@ def cell(key: str, values: list, difference: bool = False) -> str:
     """One value, or mean±standard deviation; of differences the half-width of their mean's 95 % interval instead."""
     if not values or isinstance(values[0], str):
         return values[0] if values else ""
-    fractions = ("alignment", "uniformity", "within", "between", "pruned")
+    fractions = ("pruned",)
     digits = 0 if key == "dim" else 2 if key.split()[0] in fractions else 1
     mean, n = f"{statistics.mean(values):{'+' * difference}.{digits}f}", len(values)
     if n == 1 or key == "dim":
@@ -404,8 +385,8 @@ def print_table(lines: list[list]) -> None:
 def one_table(run, question: dict, columns: list[str] | None) -> None:
     """Print a row for each tap."""
     rows = measured(run, question)
-    usual = ("linear", f"knn{question['ks'][0]}", "rank", "within", "between", *TRANSFORMS)
-    keys = ["tap", "layer", "dim", *shown(list(rows[0])[3:], columns, usual)]
+    usual = ("linear", f"knn{question['ks'][0]}", "rank", *TRANSFORMS)
+    keys = ["tap", "dim", *shown(list(rows[0])[2:], columns, usual)]
     train.say(f"{run.path}, step {run.step} of {run.steps}; accuracies in percent, on test images")
     print_table([keys, *([cell(key, [row[key]] if key in row else []) for key in keys] for row in rows)])
 
@@ -427,8 +408,8 @@ def collect(runs: list, question: dict) -> tuple[dict, list[str]]:
         logged = {(key, "h"): value for key, value in last_epoch(run).items()}
         methods.setdefault(tuple(flags), {})[args.seed] = values | logged
         start.setdefault(f"untrained {args.encoder}" + f", {run.images[0]} images" * several, {})[args.seed] = {
-            (key, "h"): value for (key, tap), value in values.items()           # but what depends on the run's views
-            if tap == "h untrained" and not key.startswith(("alignment", "within", "between"))}
+            (key, "h"): value for (key, tap), value in values.items()
+            if tap == "h untrained"}
         if run.step < run.steps:
             note(f"{run.path} is not finished: step {run.step} of {run.steps}")
     common = set.intersection(*map(set, methods)) if len(methods) > 1 else set()
@@ -454,21 +435,21 @@ def many_table(runs: list, question: dict, columns: list[str] | None, taps: bool
     base = methods.get(against, {})
     def values(name, column):
         own = {seed: found[column] for seed, found in methods[name].items() if column in found}
-        if against in (None, name) or column[0] == "layer":
+        if against in (None, name):
             return list(own.values())
         return [value - base[seed][column] for seed, value in own.items() if column in base.get(seed, {})]
     every = list(dict.fromkeys(column for seeds in methods.values() for found in seeds.values() for column in found))
     usual = ("linear", "held_out", f"knn{question['ks'][-1]}", "rank", "carrying", "pruned", "offdiag", "moved")
-    keys = dict.fromkeys(key for key, _ in every if key not in ("layer", "dim"))
+    keys = dict.fromkeys(key for key, _ in every if key != "dim")
     keys = shown(list(keys), columns, (*usual, *TRANSFORMS))
     of_z = [key for key in keys if columns or not key.startswith(("held_out", "knn"))]
     wide = [(key, tap) for key in keys for tap in ("h", "z") if (key, tap) in every and (tap == "h" or key in of_z)]
-    lines = [["flags", "n", *(("tap", "layer", *keys) if taps else (f"{key} {tap}" for key, tap in wide))]]
+    lines = [["flags", "n", *(("tap", *keys) if taps else (f"{key} {tap}" for key, tap in wide))]]
     for name, seeds in methods.items():
         difference = against not in (None, name)
         n = len(seeds.keys() & base.keys() if difference else seeds)
         for tap in dict.fromkeys(tap for found in seeds.values() for _, tap in found) if taps else ("",):
-            cells = [("layer", tap), *((key, tap) for key in keys)] if taps else wide
+            cells = [(key, tap) for key in keys] if taps else wide
             lines.append([f"`{name}`", n, *([tap] if taps else []),
                           *(cell(key, values(name, (key, tap)), difference) for key, tap in cells)])
     if common:
@@ -567,7 +548,7 @@ def main() -> None:
     p.add_argument("--dataset", choices=train.SIZES, help="other labelled images, same encoder (default: the run's)")
     p.add_argument("--data", metavar="DIR", help="where it lies (default: where the run found its own, else data)")
     p.add_argument("--probe", choices=["labels", "transform"], default="labels",
-                   help="for the labels, or for rotation, flip, gray and quadrant of an image (default: labels)")
+                   help="for the labels, or for rotation, gray and quadrant of an image (default: labels)")
     p.add_argument("--k", type=train.number(int, 1), nargs="+", help="neighbours for kNN (default: 20 200)")
     p.add_argument("--columns", nargs="+", metavar="NAME", help="to print, by name or first word (default: some)")
     p.add_argument("--taps", action="store_true", help="also the layers inside the head, and p: a row for each tap")
@@ -613,7 +594,10 @@ def main() -> None:
         for run in runs:
             rows = [{key: None if isinstance(value, float) and not math.isfinite(value) else value
                      for key, value in row.items()} for row in measured(run, question)]        # JSON has no NaN
-            train.say(json.dumps({"run": str(run.path), "step": run.step, "args": vars(run.args), "rows": rows}))
+            log = run.path / "metrics.jsonl"
+            log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+            train.say(json.dumps({"run": run.path.name, "step": run.step, "steps": run.steps, "images": run.images,
+                                  "args": vars(run.args), "log": log, args.probe: rows}))
     elif len(runs) > 1:
         many_table(runs, question, args.columns, args.taps, args.against)
     else:

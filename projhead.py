@@ -12,8 +12,9 @@
     4  OffDiagonal, bn_mse                  Wen & Li 2022 (2205.06226)      identity start, off-diagonal entries train
     5  MLPPredictor, negative_cosine        SimSiam (2011.10566), BYOL (2006.07733)
        barlow                               Barlow Twins (2103.03230)       a loss without negatives
-    6  SliceHead, ReweightHead, TopKHead, DiscreteHead, DirectPred          other papers' heads, and LinearPredictor
-    7  effective_rank, alignment, ...       RankMe (2210.02885), Wang & Isola (2005.10242): measures
+    6  SliceHead, ReweightHead              DirectCLR (2110.09348), Xue et al. (2403.11391): heads without weights
+       LinearPredictor                      the control for OffDiagonal
+    7  effective_rank, spread, ...          measures; RankMe (2210.02885)
 
 Each docstring names its source: [paper] the paper states it, [code] a constant or formula of released code, [reading]
 our choice where the sources that we had are silent. "Needs" names what else to copy with a class or function.
@@ -126,7 +127,8 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, start: list[
     loss_fn() computes L from detached h; optimizer holds phi alone: the encoder stays as it is. The caller then makes
     one step on theta, with phi held fixed. start: the values from which phi starts, its momentum 0; None: where it is.
     Where the head has a BatchNorm, each inner step moves its running statistics too, which `start` leaves as they are.
-    Returns the loss that the last inner step started from (a detached scalar). Raises ValueError for steps < 1.
+    Returns the loss that the last inner step started from (a detached scalar). Raises ValueError for steps < 1, and for
+    a start of other shapes than phi.
 
     The paper makes the head a component of InfoNCE and derives another optimization from that [paper]. The equation is
     ours, and so are gradient steps, their number and start [reading]. At phi* dL/dphi = 0, hence dL(theta, phi*(theta))
@@ -151,8 +153,7 @@ def unroll_head(loss_fn, heads: nn.Module, optimizer, steps: int, start=None) ->
 
     loss_fn() computes L from h with its gradient and from `heads`, whose parameters are phi. A step is SGD's without
     momentum, with the optimizer's learning rate and weight decay; phi ends as phi_K. start: as in fit_head. Returns
-    L(theta, phi_K) with its graph, and the loss that the last step started from. ValueError for steps < 1. Needs
-    _restart.
+    L(theta, phi_K) with its graph, and the loss that the last step started from. Its errors. Needs _restart.
     """
     _restart(optimizer, steps, start)
     call = nn.Module()                                      # calls a function while other tensors stand for phi
@@ -175,7 +176,10 @@ def unroll_head(loss_fn, heads: nn.Module, optimizer, steps: int, start=None) ->
 def _restart(optimizer: torch.optim.Optimizer, steps: int, start: list[Tensor] | None) -> None:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    for p, first in zip([p for group in optimizer.param_groups for p in group["params"]], start or ()):
+    phi = [p for group in optimizer.param_groups for p in group["params"]]
+    if start is not None and [p.shape for p in phi] != [first.shape for first in start]:
+        raise ValueError(f"start has {len(start)} tensors, which are not of the shapes of the optimizer's {len(phi)}")
+    for p, first in zip(phi, start or ()):
         p.copy_(first)
         optimizer.state[p].get("momentum_buffer", torch.zeros(())).zero_()
 
@@ -313,7 +317,7 @@ def barlow(z1: Tensor, z2: Tensor, lambd: float = 0.005) -> Tensor:
     return (1 - C.diagonal()).square().sum() + lambd * (C - C.diagonal().diag()).square().sum()
 
 
-# ---------------------------------------------------------------------------- 6  other papers' heads
+# ---------------------------------------------------------------------------- 6  heads without weights, and a control
 
 class SliceHead(nn.Module):
     """z = h[:, :d]: (N, D) -> (N, d), no weights. DirectCLR (2110.09348). [code]
@@ -342,83 +346,11 @@ class ReweightHead(nn.Module):
         return h * self.weight
 
 
-class TopKHead(nn.Sequential):
-    """z = W2 top_k(relu(W1 h)): (N, D) -> (N, d), the sparse head of Ouyang et al. (2503.00507). [code]
-
-    Of the `hidden` features of each row the k largest are kept. hidden is 2 D and k an eighth of it unless given;
-    theirs maps back to D, with a learned bias subtracted before and added after [reading].
-    """
-
-    def __init__(self, D: int, d: int = 128, hidden: int | None = None, k: int | None = None):
-        hidden = hidden or 2 * D
-        super().__init__(nn.Linear(D, hidden), nn.ReLU(), nn.Linear(hidden, d))
-        self.k = k or max(1, hidden // 8)
-
-    def forward(self, h: Tensor) -> Tensor:
-        x = self[1](self[0](h))                                     # N x hidden
-        values, columns = x.topk(self.k, dim=1)                     # N x k
-        return self[2](torch.zeros_like(x).scatter(1, columns, values))
-
-
-class DiscreteHead(nn.Sequential):
-    """z = tanh(BN(W2 relu(W1 h))), rounded to L levels: (N, D) -> (N, d). Ouyang et al. (2503.00507) [code].
-
-    The gradient passes straight through the rounding. Levels are 1 / (L // 2) apart, from -1 to 1 for odd L; an even
-    L lacks the topmost [reading]. L = 5 is theirs for ImageNet-100 [code]. BatchNorm and widths are ours: without it a
-    fresh MLP's outputs round to one level [reading]. ValueError for levels < 2, and for N = 1 in training.
-    """
-
-    def __init__(self, D: int, d: int = 128, hidden: int | None = None, levels: int = 5):
-        if levels < 2:
-            raise ValueError(f"levels must be at least 2, not {levels}")
-        hidden = hidden or 2 * D
-        super().__init__(nn.Linear(D, hidden), nn.ReLU(), nn.Linear(hidden, d), nn.BatchNorm1d(d, affine=False),
-                         nn.Tanh())
-        self.levels = levels
-
-    def forward(self, h: Tensor) -> Tensor:
-        x = (self.levels - 1) / 2 * super().forward(h) - (0.5 if self.levels % 2 == 0 else 0)
-        return (x + (x.round() - x).detach()) / (self.levels // 2)
-
-
 class LinearPredictor(nn.Linear):
     """p = W z: (N, d) -> (N, d), all entries trainable, at random at first: the control for OffDiagonal. [reading]"""
 
     def __init__(self, d: int):
         super().__init__(d, d, bias=False)
-
-
-class DirectPred(nn.Module):
-    """p = W z, W = U diag(max(sqrt(s / s_max) + eps, 1e-4)) U^T: (N, d) -> (N, d), Tian et al. (2102.06810). [code]
-
-    Not trained: s, U are the eigenpairs of F_hat, which after each step becomes rho F_hat + (1 - rho) E[z z^T]; rho
-    0.3, eps 0.01 [code]. The update is made in forward, in training mode, after p (in each inner step too); E is the
-    mean over both views, not centred; F_hat = 0, hence W = (1 + eps) I, at the start [reading]. The CPU computes the
-    eigenpairs: a GPU waits. Needs gather, on_cpu.
-    """
-
-    def __init__(self, d: int, rho: float = 0.3, eps: float = 0.01):
-        super().__init__()
-        self.rho, self.eps = rho, eps
-        self.register_buffer("F_hat", torch.zeros(d, d))
-
-    @property
-    def W(self) -> Tensor:
-        """The head as a symmetric matrix (d, d), without a gradient."""
-        s, U = torch.linalg.eigh(on_cpu(self.F_hat))                # ascending; float32 may fail where many are 0
-        s = s.clamp(min=1e-30)                                      # rounding makes some negative
-        return (U * ((s / s[-1]).sqrt() + self.eps).clamp(min=1e-4) @ U.T).to(self.F_hat)
-
-    @torch.no_grad()
-    def update(self, z: Tensor) -> None:
-        z = gather(z)
-        self.F_hat.lerp_((z.T @ z / len(z)).to(self.F_hat.dtype), 1 - self.rho)
-
-    def forward(self, z: Tensor) -> Tensor:
-        p = z @ self.W
-        if self.training:
-            self.update(z)
-        return p
 
 
 # ---------------------------------------------------------------------------- 7  measures
@@ -438,53 +370,10 @@ def spread(z: Tensor) -> float:
     return (z.square().sum(dim=1).mean() - z.mean(dim=0).square().sum()).clamp(min=0).sqrt().item()
 
 
-def alignment(z1: Tensor, z2: Tensor) -> float:
-    """Mean squared distance of positive pairs on the unit sphere: z1, z2 (M, d); 0 to 4. Wang & Isola [paper]."""
-    return (F.normalize(z1, dim=1) - F.normalize(z2, dim=1)).square().sum(dim=1).mean().item()
-
-
-def uniformity(z: Tensor) -> float:
-    """log of the mean of exp(-2 ||z_i - z_j||^2) over pairs i != j on the unit sphere: z (M, d); 0 is collapsed, else
-    negative; NaN for a single row. Wang & Isola [paper]."""
-    z = F.normalize(z, dim=1)
-    M, square = len(z), z.square().sum(dim=1)                       # 1, or 0 for a row of zeros
-    total = sum(on_cpu((4 * rows @ z.T - 2 * s[:, None] - 2 * square).exp().sum(dim=1)).sum()
-                for rows, s in zip(z.split(1024), square.split(1024)))
-    return ((total - M) / (M * (M - 1))).log().item() if M > 1 else torch.nan
-
-
-def variance_fractions(h1: Tensor, h2: Tensor, labels: Tensor) -> tuple[float, float, float]:
-    """The fractions of the features' variance (within an image, within class, between classes), summing to 1. [reading]
-
-    h1, h2: (M, D), two views of each image; labels: int64 (M,). Within an image: half the mean squared distance of its
-    views. Between classes: of the classes' means. The rest may be just below 0. NaN where h is constant.
-    """
-    h1, h2, (classes, y) = on_cpu(h1), on_cpu(h2), labels.cpu().unique(return_inverse=True)
-    h, M = (h1 + h2) / 2, len(y)
-    mean = h.mean(dim=0)
-    sizes = torch.bincount(y).double()[:, None]
-    means = torch.zeros(len(classes), h.shape[1], dtype=h.dtype).index_add(0, y, h) / sizes
-    total = ((h1 - mean).square().sum() + (h2 - mean).square().sum()) / (2 * M)
-    image = (h1 - h2).square().sum() / (2 * M) / total
-    between = (sizes * (means - mean).square()).sum() / M / total
-    return image.item(), (1 - image - between).item(), between.item()
-
-
 def features_holding(energy: Tensor, fraction: float = 0.99) -> int:
     """How few features hold that fraction of an energy >= 0 (D,), largest first; 0 where all of it is 0. [reading]"""
     held = on_cpu(energy).sort(descending=True).values.cumsum(0)
     return int((held < fraction * held[-1]).sum()) + 1 if held[-1] > 0 else 0
-
-
-def seen(h: Tensor, W: Tensor, fraction: float = 0.99) -> float:
-    """What a linear layer sees: the fraction of the variance of h / sd(h) (M, D) in the span of the top right singular
-    vectors of W diag(sd(h)) (out, D), as few as hold `fraction` of its squared norm. Needs features_holding. [reading]
-    """
-    h, W = on_cpu(h), on_cpu(W)
-    sd = h.std(dim=0, correction=0)
-    h = torch.where(sd > 0, (h - h.mean(dim=0)) / sd, 0)
-    _, s, V = torch.linalg.svd(W * sd, full_matrices=False)
-    return ((h @ V[:features_holding(s.square(), fraction)].T).square().sum() / h.square().sum()).item()
 
 
 def on_cpu(x: Tensor) -> Tensor:
@@ -569,15 +458,12 @@ HEADS: dict[str, type] = {
     "sparse": SparseHead,
     "slice": SliceHead,
     "reweight": ReweightHead,
-    "topk": TopKHead,
-    "discrete": DiscreteHead,
 }
 PREDICTORS: dict[str, type] = {
     "identity": nn.Identity,     # no prediction head: the control
     "offdiag": OffDiagonal,
     "linear": LinearPredictor,
     "mlp": MLPPredictor,
-    "directpred": DirectPred,
 }
 LOSSES = {"infonce": nt_xent, "barlow": barlow, "cosine": negative_cosine, "bn": bn_mse}
 NORMS = {                        # of W (out, in)
