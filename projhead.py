@@ -107,14 +107,14 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.5) -> Tensor:
     z1, z2: (N, d), row n of both from the same image. s is cosine similarity; j is the other view of i's image. Each
     anchor has 2N - 1 candidates: the pair (i, i) is masked, not subtracted. Under torch.distributed the candidates are
     those of all processes, and N must be the same in each. tau > 0; 0.5 is simclr-cifar10's [code]. Returns a scalar
-    >= 0, in float32 or better; call it outside autocast. Needs gather, distributed, _float32.
+    >= 0, in float32 or better; call it outside autocast. Needs gather, rank, _float32.
     """
-    N, rank = len(z1), dist.get_rank() if distributed() else 0
+    N, first = len(z1), 2 * len(z1) * rank()                        # the first of this process's candidates
     z = F.normalize(_float32(torch.cat([z1, z2])), dim=1)           # 2N x d
     logits = z @ gather(z).T / tau                                  # 2N x 2N, or 2N x (2N * processes)
     anchor = torch.arange(2 * N, device=z.device)
-    logits = logits.index_put((anchor, 2 * N * rank + anchor), logits.new_full((), -torch.inf))
-    return F.cross_entropy(logits, 2 * N * rank + anchor.roll(N))   # the positive: the other view
+    logits = logits.index_put((anchor, first + anchor), logits.new_full((), -torch.inf))
+    return F.cross_entropy(logits, first + anchor.roll(N))          # the positive: the other view
 
 
 # ---------------------------------------------------------------------------- 2  Gupta et al. 2022
@@ -234,8 +234,8 @@ def fraction_pruned(head: nn.Module, h: Tensor) -> float:
     """The fraction, 0 to 1, of input features whose ||W_:,i|| sd(h_i) is below 1e-3 of the largest: W is the head's
     first layer, sd over the rows of h (M, D). ValueError where there is none. Needs first_weight. [reading]"""
     W, free_rows = first_weight(head)
-    W = W.detach() * h.std(dim=0)           # a scale that moves between h_i and W_:,i leaves this, and the network, alone
-    columns = (F.normalize(W, dim=1) if free_rows else W).norm(dim=0)           # so does, before a BatchNorm, a row's
+    W = W.detach() * h.std(dim=0)                   # the same where a scale moves from h_i to W_:,i, as the network is
+    columns = (F.normalize(W, dim=1) if free_rows else W).norm(dim=0)   # and, before a BatchNorm, where a row is scaled
     return (columns < 1e-3 * columns.max()).float().mean().item()
 
 
@@ -383,15 +383,22 @@ def on_cpu(x: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------- 8  many processes, precision
 
-def distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def world_size() -> int:
+    """How many processes train together, under torch.distributed; else 1."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0. Needs world_size."""
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def gather(z: Tensor) -> Tensor:
     """(N, d) -> (N * processes, d): the rows of all processes under torch.distributed, z itself without. N is the same
     in each. The gradient flows back to the process of each row, summed over processes: if each one's loss is the mean
-    over its own rows, or the loss of all, the mean of their gradients is the whole batch's gradient. Needs _Gather."""
-    return _Gather.apply(z) if distributed() else z
+    over its own rows, or the loss of all, the mean of their gradients is the whole batch's. Needs world_size, _Gather.
+    """
+    return _Gather.apply(z) if world_size() > 1 else z
 
 
 class _Gather(torch.autograd.Function):
@@ -429,7 +436,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 def synchronized(module: nn.Module) -> nn.Module:
     """The module; under torch.distributed each BatchNorm becomes a SyncBatchNorm. Needs SyncBatchNorm."""
-    if distributed():
+    if world_size() > 1:
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         for m in module.modules():
             if isinstance(m, nn.SyncBatchNorm):

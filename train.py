@@ -6,10 +6,11 @@
     python train.py --head sparse --dataset cifar10 --encoder convnet --epochs 10        # minutes on a CPU
     python train.py --predictor offdiag --dataset cifar10    # Wen & Li's prediction head, a non-contrastive loss
     python train.py --predictor mlp --target ema --dataset cifar10       # in BYOL's style; --target stopgrad: SimSiam's
+    python train.py --dataset folder --data DIR              # your images: DIR/train/CLASS/*.jpg, DIR/test/CLASS/*.jpg
     torchrun --nproc-per-node 8 train.py --dataset cifar10   # many GPUs: the same run up to rounding
 
-A run is a folder, runs/NAME: checkpoint.pt and metrics.jsonl, whose keys README.md explains. The same command
-continues an interrupted run. Then: python eval.py.
+A run is a folder, runs/NAME: checkpoint.pt, and metrics.jsonl, whose keys the docstring of end_epoch explains. The same
+command continues an interrupted run. Then: python eval.py
 """
 import os
 if "OMP_WAIT_POLICY" not in os.environ:             # a waiting thread of torch's keeps its core, unless this is set
@@ -27,10 +28,13 @@ import inspect
 import io
 import json
 import math
+import mmap
 import shlex
 import signal
 import sys
+import threading
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -38,14 +42,10 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import projhead
-from projhead import ENCODERS, HEADS, LOSSES, NORMS, PREDICTORS, fit_head, sparsity, unroll_head
-
-RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE = (  # torchrun sets these, and MASTER_ADDR
-    int(os.environ.get(name, default)) if "MASTER_ADDR" in os.environ else default
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+from projhead import ENCODERS, HEADS, LOSSES, NORMS, PREDICTORS, fit_head, rank, sparsity, unroll_head, world_size
 
 
 # ---------------------------------------------------------------------------- the method
@@ -70,13 +70,13 @@ def train_step(x: Tensor, model, theta, phi, args, other: Tensor | None = None) 
     """One step on x (2N, 3, S, S), the first views of N images and then the second. Returns h (2N, D) and the loss,
     detached, and the loss that the last inner step started from, or None.
 
-    model is Model(f, g, q, target, start) of `build`; theta and phi are the optimizers of f's parameters, and of those
-    of g and q. `train` sets their learning rates. Both views pass in one batch, so every BatchNorm sees both [reading].
-    other is a batch like x, which the inner steps of --inner-batch other see.
+    model is `build`'s; theta and phi are the optimizers of f's parameters, and of those of g and q. `train` sets their
+    learning rates. Both views pass in one batch, so every BatchNorm sees both [reading]. other is a batch like x, which
+    the inner steps of --inner-batch other see.
     """
     h = encode(model.f, x, args)                        # 2N x D, once; heads and losses run in float32
     t, inner = target_z(model, x, args), None           # 2N x d, with --target ema
-    start = model.start if args.inner_start == "reset" else None
+    start = list(model.first.parameters()) if args.inner_start == "reset" else None
     theta.zero_grad(), phi.zero_grad()
     if args.inner_gradient == "unrolled":               # Gupta et al.: L(theta, phi_K(theta)), through the inner steps
         heads = nn.ModuleList([model.g, model.q])
@@ -115,44 +115,35 @@ def train(args) -> None:
     device = join(args)
     images = training_images(args, device)              # uint8 M x 3 x S x S
     N = min(args.batch_size, len(images))               # images a step, over all processes
-    if N % WORLD_SIZE:
-        raise everywhere(UserError(f"--batch-size {N} does not divide evenly over {WORLD_SIZE} processes"))
     per_epoch = len(images) // N                        # the last short batch is left out, another one each epoch
+    if N % world_size():
+        raise UserError(f"--batch-size {N} does not divide evenly over {world_size()} processes")
     model = build(args, device)
     theta, phi = optimizers(model, args)
-    parts = {"encoder": model.f, "head": model.g, "predictor": model.q, "theta": theta, "phi": phi}
-    parts |= {"target": model.target} if model.target else {}
-    run = start_run(args, images, parts, per_epoch, device)
-    peak, steps = args.lr * N / 256, range(run.step, run.total)
-    with signals() as caught:
-        for step, (x, other) in zip(steps, two_views(images, args, steps, per_epoch, N, device)):
+    run = start_run(args, images, model, theta, phi, per_epoch, device)
+    peak, progress = args.lr * N / 256, Progress(run.total, done=run.step)
+    with first_signal() as caught:
+        for step in range(run.step, run.total):
             lr = learning_rate(step, run.total, peak, args.warmup)
             for group in theta.param_groups + phi.param_groups:
                 group["lr"] = group["scale"] * (peak if group["constant"] else lr)
+            x, other = two_views(images, args, step, per_epoch, N, device)
             h, loss, inner = train_step(x, model, theta, phi, args, other)
             if model.target:                            # from --ema at the start to 1 at the end
                 update_target(model, 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / run.total)) / 2)
             run.losses.append(torch.stack([loss, loss if inner is None else inner]))
-            done, stopped = step + 1, first_signal(caught)
-            ended = done % per_epoch == 0
-            if ended:
-                end_epoch(run, done, lr, h, model)
-            elif stopped or len(run.losses) % 100 == 0:         # this makes the host wait for a GPU
-                check_losses(run, done)
-            due = 30 if ended else 300                          # seconds after the last checkpoint
-            if stopped or done == run.total or time.perf_counter() - run.saved > due:
-                save(run, done)
-            if stopped and done < run.total:
-                note(f"stopped after step {done} of {run.total}; this continues: {command()}")
-                raise SystemExit(128 + stopped)
-            tell(run, done)
+            end_step(run, step + 1, lr, h, model, caught)
+            progress(step + 1, run.shown)
+            if caught and step + 1 < run.total:
+                note(f"stopped after step {step + 1} of {run.total}; this continues: {command()}")
+                raise SystemExit(128 + caught[0])
     say(f"finished. Look at it: python eval.py {shlex.quote(args.out)}")
 
 
 # ---------------------------------------------------------------------------- flags
 
 SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "folder": 64}      # of the images, in pixels
-PLACES = ("data", "out", "device")          # where a run lies and computes: not what it is
+PLACES = ("data", "out", "device", "called")        # where a run lies and computes, its name: not what it is
 
 
 class UserError(Exception):
@@ -174,143 +165,162 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return os.path.expanduser(text)                     # a shell leaves the ~ of --out=~/run as it is
+
+
 def parser() -> Parser:
-    p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add, fraction, factor, width = p.add_argument, number(float, 0, 1), number(float, 0, 1e6), number(int, 1, 2**14)
-    add("--head", choices=HEADS, help="projection head (default: parametric; with a prediction head mlp)")
-    add("--depth", type=number(int, 1, 16), help="linear layers of an mlp, parametric or sparse head (default: 2)")
-    add("--dim", type=width, help="width of z (default: 128; --head slice: 360/2048 of h)")
-    add("--hidden", type=width, help="hidden width of the head (default: twice that of h)")
-    add("--head-bn", choices=["none", "hidden", "end", "both"], help="BatchNorm behind each hidden layer of g, without "
-        "affine at its end, or both (default: hidden, or none without hidden layer; with a prediction head both or end, "
-        "unless --loss bn)")
-    add("--head-lr", type=factor, help="the head's learning rate, times the encoder's; 0: frozen (default: 1)")
-    add("--inner-steps", type=number(int, 0), metavar="K",
-        help="steps on the heads before each encoder step; 0: joint training (default: 0; --head parametric: 2)")
-    add("--inner-batch", choices=["same", "other"], help="of the step's images or of others (default: same)")
-    add("--inner-start", choices=["warm", "reset"], help="at the last heads or at the run's first (default: warm)")
-    add("--inner-gradient", choices=["envelope", "unrolled"],
-        help="the encoder's: at the fitted heads, or through K plain steps (default: envelope)")
-    add("--sparsity", type=number(float, 0, 1e30), metavar="LAMBDA", help="(default: 0: off; --head sparse: 0.1)")
-    add("--sparsity-norm", choices=NORMS, help="its norm; the functions are in projhead.py (default: l21)")
-    add("--predictor", choices=["none", *PREDICTORS], default="none", help="none: a loss between z's (default: none)")
-    add("--predictor-lr", type=factor, help="its learning rate, times the encoder's (default: 1; offdiag: 10)")
-    add("--predictor-schedule", choices=["cosine", "constant"], help="constant is SimSiam's (default: cosine)")
-    add("--target", choices=["stopgrad", "ema"], help="p's target: SimSiam's or BYOL's (default: stopgrad)")
-    add("--ema", type=fraction, help="the slow copy's momentum at the start; it ends at 1 (default: 0.99)")
-    add("--loss", choices=LOSSES, help="(default: infonce; --predictor identity, offdiag: bn; with another: cosine)")
-    add("--tau", type=number(float, 1e-3), help="temperature of infonce (default: 0.5)")
-    add("--encoder", choices=ENCODERS, help="(default: resnet18; shapes: convnet)")
-    add("--precision", choices=["float32", "bfloat16"], help="of the encoder (default: what the device computes in)")
-    add("--dataset", choices=SIZES, default="shapes", help="(default: shapes, which are drawn; folder: see --data)")
-    add("--data", metavar="DIR", help="where the data set lies (default: data). folder: DIR/train and DIR/test "
-        "or DIR/val, else DIR, a fifth of which is for testing; subfolders are classes")
-    add("--limit", type=number(int, 2), metavar="N", help="only the first N training images (default: all)")
-    add("--image-size", type=number(int, 8, 512), help="to which a folder's images are cropped (default: 64)")
-    add("--crop-scale", type=number(float, 0.01, 1), help="smallest area of a crop (default: 0.2; shapes: 0.5)")
-    add("--hue", type=number(float, 0, 0.5), help="largest shift of the hue, in turns (default: 0.1; shapes: 0.5)")
-    add("--grayscale", type=fraction, default=0.1, help="probability of a gray view (default: 0.1)")
-    add("--epochs", type=number(int, 1, 10**6), help="(default: 100; a convnet 20; shapes with a convnet 8)")
-    add("--batch-size", type=number(int, 2, 2**20), help="images, two views each (default: 512; a convnet 256)")
-    add("--lr", type=number(float, 0, 1e30), default=0.06, help="peak for 256 images a step (default: 0.06)")
-    add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="(default: 0.9)")
-    add("--weight-decay", type=factor, default=5e-4, help="(default: 5e-4)")
-    add("--warmup", type=fraction, default=0.05, help="fraction of steps with a rising learning rate (default: 0.05)")
-    add("--seed", type=number(int, 0, 10**6), default=0, help="(default: 0)")
-    add("--device", help="(default: torch's accelerator where there is one, else cpu)")
-    add("--out", metavar="RUN", help="the run's folder (default: runs/NAME, made of the flags)")
+    """What was not typed is None: `parse_args` has the defaults."""
+    first, _, rest = __doc__.split("\n", 2)
+    p = Parser("python train.py", usage="%(prog)s [--flag value ...]", description=first, epilog=rest,
+               formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    fraction, factor, width = number(float, 0, 1), number(float, 0, 1e6), number(int, 1, 2**14)
+    add = p.add_argument_group("head, z = g(h): discarded after training").add_argument
+    add("--head", choices=HEADS, help="Projection head: parametric is an mlp fitted by inner steps, sparse one with a "
+        "penalty. Default: parametric; mlp with a prediction head.")
+    add("--depth", type=number(int, 1, 16), help="Linear layers of an mlp, parametric or sparse head. Default: 2.")
+    add("--hidden", type=width, help="Width of the hidden layers of the head. Default: twice that of h.")
+    add("--dim", type=width, help="Width of z. Default: 128; with --head slice 360/2048 of h.")
+    add("--head-bn", choices=["none", "hidden", "end", "both"], help="BatchNorm behind each hidden layer, at the end "
+        "(without affine), or both. Default: hidden if there is such a layer, else none; with a prediction head also at the "
+        "end, unless --loss bn.")
+    add("--head-lr", type=factor, help="Learning rate of the head over the encoder's; 0 leaves it random. Default: 1.")
+    add = p.add_argument_group("Gupta et al.: the head as a component of the objective").add_argument
+    add("--inner-steps", type=number(int, 0), metavar="K", help="Steps on the heads alone before each step on the "
+        "encoder alone; 0 is joint training. Default: 2 with --head parametric, else 0.")
+    add("--inner-batch", choices=["same", "other"], help="Images that they see: the step's, or others. Default: same.")
+    add("--inner-start", choices=["warm", "reset"], help="Start from the last heads or the run's first. Default: warm.")
+    add("--inner-gradient", choices=["envelope", "unrolled"], help="Gradient of the encoder: at the fitted heads, or "
+        "through K plain inner steps. Default: envelope.")
+    add = p.add_argument_group("Song et al.: a sparse head").add_argument
+    add("--sparsity", type=number(float, 0, 1e30), metavar="LAMBDA", help="Weight of the penalty on the head's first "
+        "layer; 0 is off. Default: 0.1 with --head sparse, else 0.")
+    add("--sparsity-norm", choices=NORMS, help="The penalty; NORMS in projhead.py has each in a line. Default: l21.")
+    add = p.add_argument_group("Wen & Li, SimSiam, BYOL: a prediction head, p = q(z)").add_argument
+    add("--predictor", choices=["none", *PREDICTORS], help="Prediction head: offdiag is Wen & Li's, identity its "
+        "control, none a loss between z's. Default: none.")
+    add("--predictor-lr", type=factor, help="Learning rate of it over the encoder's. Default: 1; 10 for offdiag.")
+    add("--predictor-schedule", choices=["cosine", "constant"], help="SimSiam's is constant. Default: cosine.")
+    add("--target", choices=["stopgrad", "ema"], help="What p predicts: z (SimSiam), or z of a slow copy (BYOL). "
+        "Default: stopgrad.")
+    add("--ema", type=fraction, help="Momentum of the slow copy at the start; it ends at 1. Default: 0.99.")
+    add = p.add_argument_group("loss").add_argument
+    add("--loss", choices=LOSSES, help="cosine and bn need a prediction head. Default: infonce; bn with --predictor "
+        "identity or offdiag, cosine with another.")
+    add("--tau", type=number(float, 1e-3), help="Temperature of infonce. Default: 0.5.")
+    add = p.add_argument_group("data and views").add_argument
+    add("--dataset", choices=SIZES, help="Images: shapes are drawn, folder is your own. Default: shapes.")
+    add("--data", type=path, metavar="DIR", help="Folder of the data set, which is downloaded if it is not there. For "
+        "--dataset folder: DIR/train/CLASS and DIR/test/CLASS, or DIR/CLASS, a fifth for testing. Default: data.")
+    add("--limit", type=number(int, 2), metavar="N", help="Train on the first N images only. Default: all.")
+    add("--image-size", type=number(int, 8, 512), help="Pixels to which a folder's images are cut. Default: 64.")
+    add("--crop-scale", type=number(float, 0.01, 1), help="Smallest area of a crop. Default: 0.2; 0.5 for shapes.")
+    add("--hue", type=number(float, 0, 0.5), help="Largest shift of the hue, in turns. Default: 0.1; 0.5 for shapes.")
+    add("--grayscale", type=fraction, help="Probability that a view is gray. Default: 0.1.")
+    add = p.add_argument_group("optimization").add_argument
+    add("--encoder", choices=ENCODERS, help="Encoder f. Default: resnet18; convnet for shapes.")
+    add("--precision", choices=["float32", "bfloat16"], help="What the encoder computes in; head and loss are float32. "
+        "Default: bfloat16 where the device computes in it.")
+    add("--epochs", type=number(int, 1, 10**6), help="Default: 100; 20 with a convnet, 8 on shapes.")
+    add("--batch-size", type=number(int, 2, 2**20), help="Images a step, two views each. Default: 512; convnet 256.")
+    add("--lr", type=number(float, 0, 1e30), help="Peak learning rate at batch 256, scaled to others. Default: 0.06.")
+    add("--momentum", type=number(float, 0, 0.9999), help="Momentum of SGD. Default: 0.9.")
+    add("--weight-decay", type=factor, help="Weight decay of SGD. Default: 5e-4.")
+    add("--warmup", type=fraction, help="Fraction of the steps in which the learning rate rises. Default: 0.05.")
+    add = p.add_argument_group("run").add_argument
+    add("--seed", type=number(int, 0, 10**6), help="Of weights, order and views. Default: 0.")
+    add("--device", help="What computes: cpu, cuda, mps ... Default: torch's accelerator, else cpu.")
+    add("--out", type=path, metavar="RUN", help="Folder of the run. Default: runs/NAME, made of the flags.")
     return p
 
 
-def dependent(args):
-    """Flags that depend on others: (flag, default, whether it has a meaning here, why not). `parse_args` sets each
-    before it asks for the next, which may depend on it.
+def parse_args(argv=None) -> argparse.Namespace:
+    """The arguments, each with its default, in the order in which they depend on each other. UserError for a clash.
 
     Learning rate, momentum, decay, batch, temperature and augmentation are simclr-cifar10's for 100 epochs [code], but
-    for shapes; the rest is ours [reading].
+    for shapes; where the head has its BatchNorm is lightly's and SimSiam's [code]; the rest is ours [reading].
     """
-    predicts, shapes = args.predictor != "none", args.dataset == "shapes"
-    yield "head", "mlp" if predicts else "parametric", True, ""
-    yield "encoder", "convnet" if shapes else "resnet18", True, ""
-    sizes = inspect.signature(HEADS[args.head]).parameters
-    head = list(HEADS[args.head](8).parameters())               # empty where there is nothing to train
-    predictor = list(PREDICTORS[args.predictor](8).parameters()) if predicts else []
-    small = args.encoder.startswith("convnet")
-    default = "infonce" if not predicts else "bn" if args.predictor in ("identity", "offdiag") else "cosine"
-    yield "loss", default, predicts or args.loss not in ("cosine", "bn"), f"{args.loss} needs a --predictor"
-    yield "target", "stopgrad", predicts, "only a prediction has a target: add --predictor mlp"
-    yield "ema", 0.99, args.target == "ema", "needs --target ema"
-    yield "tau", 0.5, args.loss == "infonce", f"the loss {args.loss} has no temperature"
-    yield "head_lr", 1.0, head, f"nothing to train in --head {args.head}"
-    nothing = f"nothing to train in --predictor {args.predictor}"
-    yield "predictor_lr", 10.0 if args.predictor == "offdiag" else 1.0, predictor, nothing
-    yield "predictor_schedule", "cosine", predictor, nothing
-    yield "inner_steps", 2 if args.head == "parametric" else 0, True, ""
-    yield "inner_batch", "same", args.inner_steps, "needs --inner-steps K"
-    yield "inner_start", "warm", args.inner_steps, "needs --inner-steps K"
-    yield "inner_gradient", "envelope", args.inner_steps, "needs --inner-steps K"
-    yield "sparsity", 0.1 if args.head == "sparse" else 0.0, True, ""
-    yield "sparsity_norm", "l21", args.sparsity, "needs --sparsity LAMBDA or --head sparse"
-    yield "dim", 128 if head else None, "d" in sizes, f"--head {args.head} has the encoder's width"
-    yield "depth", 2, "depth" in sizes, f"--head {args.head} has a fixed number of layers"
-    deep, end = "bn" in sizes and args.depth > 1, predicts and args.loss != "bn" and args.head != "reweight"
-    yield "head_bn", [["none", "end"], ["hidden", "both"]][deep][end], True, ""     # lightly's, SimSiam's [reading]
-    yield "hidden", None, "hidden" in sizes and args.depth != 1, f"--head {args.head} has no hidden layer"
-    yield "data", "data", not shapes, "shapes are drawn, not read: name a --dataset"
-    size = SIZES[args.dataset]
-    own = args.dataset != "folder" and args.image_size not in (None, size)
-    yield "image_size", size, not own, f"{args.dataset} has images of {size} px"
-    yield "epochs", (8 if shapes else 20) if small else 100, True, ""
-    yield "batch_size", 256 if small else 512, True, ""
-    yield "crop_scale", 0.5 if shapes else 0.2, True, ""
-    yield "hue", 0.5 if shapes else 0.1, True, ""
+    typed = {flag: value for flag, value in vars(parser().parse_args(argv)).items() if value is not None}
+    args = argparse.Namespace()
+    def default(flag, value, applies=True, why=""):     # as typed, else the default; None where it has no meaning
+        refuse(flag in typed and not applies, f"--{flag.replace('_', '-')}: {why}")
+        setattr(args, flag, typed.get(flag, value if applies else None))
+    def refuse(clash, why):
+        if clash:
+            raise UserError(why)
 
+    default("predictor", "none")
+    predicts, trains = args.predictor != "none", args.predictor not in ("none", "identity")
+    default("head", "mlp" if predicts else "parametric")
+    sizes, weights = inspect.signature(HEADS[args.head]).parameters, issubclass(HEADS[args.head], projhead.MLP)
+    default("depth", 2, "depth" in sizes, f"--head {args.head} has a fixed number of layers")
+    deep = "depth" in sizes and args.depth > 1
+    default("hidden", None, deep, f"--head {args.head} has no hidden layer")
+    default("dim", 128 if weights else None, "d" in sizes, f"--head {args.head} has the encoder's width")
+    default("head_lr", 1.0, weights, f"nothing to train in --head {args.head}")
+    default("predictor_lr", 10.0 if args.predictor == "offdiag" else 1.0, trains, "no prediction head to train")
+    default("predictor_schedule", "cosine", trains, "no prediction head to train")
+    default("target", "stopgrad", predicts, "only a prediction has a target: add --predictor mlp")
+    default("ema", 0.99, args.target == "ema", "needs --target ema")
+    default("loss", "infonce" if not predicts else "bn" if args.predictor in ("identity", "offdiag") else "cosine")
+    refuse(args.loss in ("cosine", "bn") and not predicts, f"--loss: {args.loss} needs a --predictor")
+    default("tau", 0.5, args.loss == "infonce", f"the loss {args.loss} has no temperature")
 
-def parse_args(argv=None) -> argparse.Namespace:
-    """The arguments, with their defaults. Raises UserError where they clash."""
-    args = parser().parse_args(argv)
-    for flag, default, applies, why in dependent(args):
-        if getattr(args, flag) is None:
-            setattr(args, flag, default if applies else None)
-        elif not applies:
-            raise UserError(f"--{flag.replace('_', '-')}: {why}")
+    end = predicts and args.loss != "bn" and args.head != "reweight"
+    default("head_bn", ("both" if end else "hidden") if deep else ("end" if end else "none"))
+    hidden_bn, end_bn = args.head_bn in ("hidden", "both"), args.head_bn in ("end", "both")
+    refuse(hidden_bn and not deep, f"--head-bn: {args.head_bn} is behind a hidden layer, and there is none")
+    refuse(end_bn and args.head == "reweight", f"--head-bn: {args.head_bn} would undo --head reweight")
+
+    default("inner_steps", 2 if args.head == "parametric" else 0)
+    refuse(args.inner_steps and not args.head_lr and not args.predictor_lr,
+           "--inner-steps: there is no trainable head to fit: add --inner-steps 0")
+    default("inner_batch", "same", args.inner_steps, "needs --inner-steps K")
+    default("inner_start", "warm", args.inner_steps, "needs --inner-steps K")
+    default("inner_gradient", "envelope", args.inner_steps, "needs --inner-steps K")
     unrolled = args.inner_gradient == "unrolled"
-    for clash, why in (
-            (args.inner_steps and not args.head_lr and not args.predictor_lr,
-             "--inner-steps: there is no trainable head to fit: add --inner-steps 0"),
-            (unrolled and args.inner_batch == "other", "--inner-batch: no gradient passes through the other batch"),
-            (unrolled and WORLD_SIZE > 1, "--inner-gradient: unrolled runs in one process only"),
-            (args.sparsity and not args.head_lr, f"--sparsity: --head {args.head} has no weights that train")):
-        if clash:
-            raise UserError(why)
-    bn, deep = args.head_bn, "bn" in inspect.signature(HEADS[args.head]).parameters and args.depth > 1
-    for clash, why in (
-            (bn in ("hidden", "both") and not deep, f"--head-bn: {bn} is behind a hidden layer, and there is none"),
-            (bn == "end" and args.head == "reweight", "--head-bn: end would undo --head reweight"),
-            (args.sparsity_norm == "l21-out" and bn in (("hidden", "both") if deep else ("end",)),
-             "--sparsity-norm: l21-out is constant where a BatchNorm follows: add --head-bn none")):
-        if clash:
-            raise UserError(why)
+    refuse(unrolled and args.inner_batch == "other", "--inner-batch: no gradient passes through the other batch")
+    refuse(unrolled and int(os.environ.get("WORLD_SIZE", 1)) > 1, "--inner-gradient: unrolled runs in one process only")
+
+    default("sparsity", 0.1 if args.head == "sparse" else 0.0)
+    refuse(args.sparsity and not args.head_lr, f"--sparsity: --head {args.head} has no weights that train")
+    default("sparsity_norm", "l21", args.sparsity, "needs --sparsity LAMBDA or --head sparse")
+    refuse(args.sparsity_norm == "l21-out" and (hidden_bn if deep else end_bn),
+           "--sparsity-norm: l21-out is constant where a BatchNorm follows: add --head-bn none")
+
+    default("dataset", "shapes")
+    shapes, size = args.dataset == "shapes", SIZES[args.dataset]
+    default("data", "data", not shapes, "shapes are drawn, not read: name a --dataset")
+    default("limit", None)
+    other_size = args.dataset != "folder" and typed.get("image_size", size) != size
+    default("image_size", size, not other_size, f"{args.dataset} has images of {size} px")
+    default("crop_scale", 0.5 if shapes else 0.2)
+    default("hue", 0.5 if shapes else 0.1)
+    default("grayscale", 0.1)
+    default("encoder", "convnet" if shapes else "resnet18")
+    small = args.encoder.startswith("convnet")
+    default("precision", None)                          # start_run sets it: of the device, or of the run that continues
+    default("epochs", (8 if shapes else 20) if small else 100)
+    default("batch_size", 256 if small else 512)
+    default("lr", 0.06)
+    default("momentum", 0.9)
+    default("weight_decay", 5e-4)
+    default("warmup", 0.05)
+    default("seed", 0)
+    default("device", default_device())
+
     args.data = args.data and os.path.abspath(args.data)        # so that a run finds its images from anywhere
-    args.device = args.device or default_device()
-    args.out = args.out or os.path.join("runs", name_of(args))
-    return args
-
-
-def flags(args) -> list[str]:
-    """The flags, "--name value" each, that make these arguments: those that differ from their defaults."""
-    usual = vars(parser().parse_args([])) | {flag: default for flag, default, applies, _ in dependent(args) if applies}
-    return [f"--{flag.replace('_', '-')} {value}" for flag, value in vars(args).items()
-            if flag not in PLACES and value != usual[flag]]
-
-
-def name_of(args) -> str:
-    """NAME of runs/NAME: what is trained on what, the other flags that differ from their defaults, the seed."""
+    words = {flag: value for flag, value in ({"head": args.head} | typed).items() if flag not in ("seed", *PLACES)}
+    args.called = " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in words.items())
     data = f"folder-{os.path.basename(args.data)}" if args.dataset == "folder" else args.dataset
-    first = [data, args.encoder, args.head, *([args.predictor] if args.predictor != "none" else [])]
-    others = [words.strip("-").replace(" ", "") for words in flags(args)
-              if words.split()[0] not in ("--dataset", "--encoder", "--head", "--predictor", "--seed")]
-    return "-".join([*first, *others, f"seed{args.seed}"])
+    others = [f"{flag.replace('_', '-')}{value}" for flag, value in words.items()
+              if flag not in ("dataset", "encoder", "head")]
+    name = "-".join([data, args.encoder, args.head, *others, f"seed{args.seed}"])
+    refuse("out" not in typed and len(os.fsencode(name)) > 200, "--out: these flags make too long a name: give one")
+    default("out", os.path.join("runs", name))
+    return args
 
 
 def default_device() -> str:
@@ -327,14 +337,10 @@ def native_precision(device: torch.device) -> str:
 
 # ---------------------------------------------------------------------------- data
 
-def load_dataset(name: str, root="data", train=True, size=64, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """(images uint8 (M, 3, S, S), labels int64 (M,)), a label -1 where unknown; shapes has (M, 2): shape and hue. The
-    training part of stl10 includes its unlabelled images. limit: only the first so many. Raises UserError."""
-    return read_dataset(name, root, train, size, limit)[:2]
-
-
-def read_dataset(name, root, train, size=64, limit=None) -> tuple[Tensor, Tensor, list[str]]:
-    """load_dataset, and the names of the classes."""
+def load_dataset(name: str, root="data", train=True, size=64, limit: int | None = None):
+    """(images uint8 (M, 3, S, S), labels int64 (M,), names of the classes); a label is -1 where unknown, and shapes has
+    labels (M, 2): shape and hue. The training part of stl10 includes its unlabelled images. size: of a folder's images;
+    limit: only the first so many. Raises UserError."""
     if name == "folder":
         return load_folder(Path(root), train, size, limit)
     if name == "shapes":
@@ -344,7 +350,8 @@ def read_dataset(name, root, train, size=64, limit=None) -> tuple[Tensor, Tensor
                     "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python"),
                     "stl10": (torchvision.datasets.STL10, "stl10_binary")}[name]
     part = dict(split="train+unlabeled" if train else "test") if name == "stl10" else dict(train=train)
-    there = (Path(root) / folder).exists()
+    root = Path(root).parent if Path(root).name == folder else Path(root)       # its own folder may be named
+    there = (root / folder).exists()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             data = make(root, download=not there, **part)
@@ -357,46 +364,115 @@ def read_dataset(name, root, train, size=64, limit=None) -> tuple[Tensor, Tensor
     return images[:limit], labels[:limit], data.classes
 
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "projhead"
-PIXELS = 50_000_000                 # a picture of more is not read
-FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP"]         # those of torchvision's IMG_EXTENSIONS
+TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")      # a folder's parts
+IGNORED = ("@eaDir", "__MACOSX", "#recycle", "#snapshot", "lost+found")     # like names with a dot: thumbnails, copies
+FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP"]                     # those of torchvision's IMG_EXTENSIONS
 
 
 def load_folder(root: Path, train: bool, size: int, limit: int | None) -> tuple[Tensor, Tensor, list[str]]:
-    """A part of a folder of images: root/train, and root/test or root/val, in any case; without these all of root, of
-    which a fifth, chosen by name, is for testing. Classes are the training part's subfolders. What cannot be read is
-    named and left out; UserError where that is over 1 % of the part."""
+    """A part of a folder of images; `folder_parts` has the rules. What was found is said when it is to train on."""
     if not root.is_dir():
         raise UserError(f"no folder {root}: name one of images by --data, or use --dataset shapes")
-    parts = {d.name.lower(): d for d in root.iterdir() if d.is_dir()}
-    train_base = parts.get("train", root)
-    test = [parts[name] for name in ("test", "val", "valid", "validation") if name in parts and "train" in parts]
-    base = train_base if train or not test else test[0]
-    classes = sorted(d.name for d in train_base.iterdir() if d.is_dir())
-    label = {d.name: classes.index(d.name) if d.name in classes else -1 for d in base.iterdir() if d.is_dir()}
-    found = make_dataset(str(base), label, IMG_EXTENSIONS, allow_empty=True) if label else []      # [(path, label)]
-    found += [(str(f), -1) for f in base.iterdir() if f.name.lower().endswith(IMG_EXTENSIONS)]
-    found = sorted((zlib.crc32(os.path.relpath(path, base).encode(errors="replace")), path, i) for path, i in found)
-    if not test:                                        # by name: no image changes sides when others come or go
-        found = [(crc, path, i) for crc, path, i in found if (crc // 7 % 5 == 0) != train]
-    if not found:
-        raise UserError(f"no images ({' '.join(IMG_EXTENSIONS)}) in {base} to {'train' if train else 'test'} on")
-    found = found[:limit]                               # in the order of a hash, so of all classes
-    note(f"folder {base}: {len(found):,} images to {'train' if train else 'test'} on, {len(classes)} classes")
-    images, readable = decoded([path for _, path, _ in found], size)
-    return images, torch.tensor([i for *_, i in found])[readable], classes
+    training, testing, classes, findings = folder_parts(root)
+    for line in findings if train else ():
+        note(line)
+    files = (training if train else testing)[:limit]    # in the order of a hash, so of all classes
+    if not files:
+        raise UserError(f"no images ({' '.join(IMG_EXTENSIONS)}) in {root} to {'train' if train else 'test'} on")
+    images, readable = decoded([path for _, path, _ in files], size)
+    label = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([label.get(name, -1) for *_, name in files])
+    if lost := [name for name in classes if label[name] in labels and label[name] not in labels[readable]]:
+        note(f"warning: no image could be read of {listed(lost)}")
+    return images, labels[readable], classes
+
+
+def folder_parts(root: Path) -> tuple[list, list, list[str], list[str]]:
+    """(training files, test files, names of the classes, what there is to say); a file is as in `scan`.
+
+    Where root has a TRAIN and a TEST subfolder, in any case, these are the parts; of several TESTs it is the first with
+    labelled images of the training classes. Otherwise all of root is the set, or its TRAIN where nothing else holds
+    images; then a fifth of it is for testing. Classes are the set's subfolders that hold images.
+    """
+    inside = {name.lower(): root / name for name in visible(os.listdir(root)) if (root / name).is_dir()}
+    base = next((inside[name] for name in TRAIN if name in inside), root)
+    tests = [inside[name] for name in TEST if name in inside and base != root]
+    if not tests and any(scan(folder)[0] for folder in inside.values() if folder != base):
+        base = root                                     # a class may be called train
+    training, others, folders = scan(base)
+    classes = sorted({name for *_, name in training} - {""})
+    for test in tests:
+        testing, others_there, _ = scan(test)
+        if {name for *_, name in testing} & set(classes):
+            others += others_there
+            break
+    else:
+        test, testing = None, [file for file in training if is_held_out(file[0])]
+        training = [file for file in training if not is_held_out(file[0])]
+    beside = [folder.name for folder in inside.values() if base != root and folder not in (base, test)]
+    empty, like_parts = folders - set(classes), [c for c in classes if c.lower().startswith(("train", "test", "val"))]
+    return training, testing, classes, [line for applies, line in (
+        (True, f"folder {base}: {len(training):,} images of {len(classes)} classes to train on, {len(testing):,} "
+               + (f"in {test} to test on" if test else "held out to test on, a fifth by a hash of their names")),
+        (tests and not test, f"warning: no labelled images of these classes in {listed(t.name for t in tests)}"),
+        (beside, f"left out, beside the parts: {listed(beside)}"),
+        (others, f"left out, of no type that is read: {listed(f'{n:,} {kind}' for kind, n in others.items())}"),
+        (empty, f"warning: no images in {listed(sorted(empty))}: not taken as classes"),
+        (not classes, "warning: no classes, as no subfolder holds images: there will be no accuracies"),
+        (len(classes) == 1, f"warning: one class, {listed(classes)}: is {root} a level too high?"),
+        (like_parts, f"warning: classes that are named like parts: {listed(like_parts)}")) if applies]
+
+
+def scan(folder: Path) -> tuple[list[tuple[int, str, str]], collections.Counter, set[str]]:
+    """The images in a folder and, at any depth, in its subfolders: (hash of the path below it, path, name of the
+    subfolder or ""), in the order of the hashes; how many other files there are of each kind; the subfolders' names.
+    Links are followed to files and to subfolders, but not to folders below those."""
+    found, others = [], collections.Counter()
+    def cannot(e):
+        others[f"{e.filename} ({e.strerror})"] += 1
+    names = [name for name in visible(os.listdir(folder)) if (folder / name).is_dir()]
+    for name in ["", *names]:
+        for at, below, files in os.walk(folder / name, onerror=cannot):
+            below[:] = visible(below) if name else []
+            for path in (Path(at, file) for file in visible(files)):
+                if path.suffix.lower() in IMG_EXTENSIONS:
+                    key = path.relative_to(folder).as_posix()           # the same on all systems
+                    found.append((zlib.crc32(key.encode(errors="replace")), str(path), name))
+                else:
+                    others[path.suffix.lower() or "without an extension"] += 1
+    return sorted(found), others, set(names)
+
+
+def visible(names: list[str]) -> list[str]:
+    return sorted(name for name in names if not name.startswith(".") and name not in IGNORED)
+
+
+def is_held_out(name_hash: int) -> bool:
+    """A fifth of the names: no image changes sides when others come or go. The 7 parts it from the order by hash."""
+    return name_hash // 7 % 5 == 0
+
+
+def listed(names) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
 
 
 def decoded(paths: list[str], size: int) -> tuple[Tensor, Tensor]:
-    """(images uint8 (M, 3, size, size), which of the paths could be read: bool (len(paths),)), mapped from a file that
-    all processes share. Its name is a hash of what it was made of. It holds the images, then a byte for each path."""
+    """(images uint8 (M, 3, size, size), which of the paths could be read: bool (len(paths),)). Both are read-only maps
+    of a file that all processes share, so they may be larger than memory: writing to them ends the process.
+
+    The file holds the images, then a byte for each path. Its name is a hash of what it was made of, and how. Raises
+    UserError where over 1 % and over 10 of the images cannot be read, or the file not be written.
+    """
     files = [(path, os.stat(path)) for path in paths if os.path.exists(path)]       # not a link to nothing
-    made_of = repr([size, len(paths), *((path, at.st_size, at.st_mtime_ns) for path, at in files)])
-    file = CACHE / f"{hashlib.sha256(made_of.encode(errors='replace')).hexdigest()[:32]}.images"
+    made_of = repr([inspect.getsource(read_image), size, paths, *((at.st_size, at.st_mtime_ns) for _, at in files)])
+    file = cache() / f"{hashlib.sha256(made_of.encode(errors='replace')).hexdigest()[:32]}.images"
     if not file.is_file():
         note(f"decoding {len(paths):,} images to {file}")
-        readable, bad = bytearray(len(paths)), 0
-        with replacing(file) as new, concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
+        readable, bad, progress = bytearray(len(paths)), 0, Progress(len(paths), sys.stderr, "image")
+        with (replacing(file, "; another folder can be named by XDG_CACHE_HOME") as new, warnings.catch_warnings(),
+              concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count())) as pool):
+            warnings.simplefilter("ignore")             # of Pillow, about what is odd in a file
             for start in range(0, len(paths), 1024):
                 part = paths[start:start + 1024]
                 for i, image in enumerate(pool.map(read_image, part, [size] * len(part)), start):
@@ -405,33 +481,50 @@ def decoded(paths: list[str], size: int) -> tuple[Tensor, Tensor]:
                         continue
                     note(f"left out {paths[i]}: {image}")
                     bad += 1
-                    if bad > 0.01 * len(paths):
+                    if bad > max(10, 0.01 * len(paths)):
                         raise UserError(f"over 1 % of {len(paths)} images cannot be read, the last {paths[i]}: {image}")
+                progress(start + len(part))
             new.write(readable)
-    whole = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
-    return whole[:-len(paths)].view(-1, 3, size, size), whole[-len(paths):].bool()
+    with open(file, "rb") as f, warnings.catch_warnings():
+        warnings.simplefilter("ignore")                 # torch's, that it cannot be written to
+        whole = torch.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.uint8)
+    images, readable = whole.split([len(whole) - len(paths), len(paths)])
+    return images.view(len(images) // (3 * size**2), 3, size, size), readable.bool()
+
+
+def cache() -> Path:
+    """Where decoded images lie. Raises UserError where there is no home folder (as in some containers)."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):
+        raise UserError("no home folder for decoded images: name a folder for them by XDG_CACHE_HOME")
+    return Path(home, "projhead")
 
 
 def read_image(path: str, size: int) -> bytes | str:
     """The pixels (3, size, size) of an image, resized and cropped to a square; or, in a line, why it cannot be read."""
     from PIL import Image, ImageOps                     # Pillow comes with torchvision
-    Image.MAX_IMAGE_PIXELS = None                       # PIXELS is the limit
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > PIXELS or image.mode.startswith(("I", "F")):
-                return f"{image.width} x {image.height} pixels of mode {image.mode}"
-            image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            if image.mode.startswith(("I", "F")):
+                return f"pixels of mode {image.mode}: convert to 8 bits"
+            image.draft("RGB", (2 * size, 2 * size))    # a JPEG is read at a fraction of its size, at least this one
+            with contextlib.suppress(Exception):        # a tag that cannot be read costs the turn, not the image
+                image = ImageOps.exif_transpose(image)
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
             return b"".join(band.tobytes() for band in image.split())
+    except MemoryError:
+        raise
     except Exception as e:                              # Pillow raises many kinds
         return f"{type(e).__name__}: {e}".split("\n")[0]
 
 
 def training_images(args, device) -> Tensor:
     """The images of these arguments, on the device where they fit in half of its free memory. Raises UserError."""
-    if LOCAL_RANK:
+    later = world_size() > 1 and int(os.environ["LOCAL_RANK"]) > 0
+    if later:
         dist.barrier()                      # a machine's first process downloads or decodes, then the others read
-    images, _ = load_dataset(args.dataset, args.data, True, args.image_size, args.limit)    # the labels are not used
-    if WORLD_SIZE > 1 and not LOCAL_RANK:
+    images, *_ = load_dataset(args.dataset, args.data, True, args.image_size, args.limit)   # the labels are not used
+    if world_size() > 1 and not later:
         dist.barrier()
     wanted = args.limit or 2
     if len(images) < 0.99 * wanted:         # 1 % may be unreadable
@@ -440,21 +533,29 @@ def training_images(args, device) -> Tensor:
     return images.to(device) if fits else images
 
 
-def two_views(images, args, steps: range, per_epoch: int, N: int, device):
-    """For each step (x, other), a function of (args.seed, step) alone: x (2N, 3, S, S), two views of its N images, and
-    with --inner-batch other two views of N images drawn anew, else None. Each of several processes makes its part."""
-    def views(chosen, g):
-        part = chosen[RANK * N // WORLD_SIZE:][:N // WORLD_SIZE]
-        batch = to_device(images[to_device(part, images.device)], device)
-        x = [augment(batch, g, args.crop_scale, args.hue, args.grayscale, RANK, WORLD_SIZE) for view in (1, 2)]
-        return torch.cat(x).contiguous(memory_format=torch.channels_last)
-    for step in steps:
-        epoch, i = divmod(step, per_epoch)
-        if i == 0 or step == steps.start:
-            order = torch.randperm(len(images), generator=generator(args.seed, epoch, 0))
-        g = generator(args.seed, step, 1)
-        x = views(order[i * N:(i + 1) * N], g)
-        yield x, views(torch.randperm(len(images), generator=g)[:N], g) if args.inner_batch == "other" else None
+def two_views(images, args, step: int, per_epoch: int, N: int, device) -> tuple[Tensor, Tensor | None]:
+    """(x, other) of a step, a function of (args.seed, step) alone: x (2N, 3, S, S) are two views of its N images, and
+    other, with --inner-batch other, two views of N images drawn anew, else None."""
+    epoch, i = divmod(step, per_epoch)
+    g = generator(args.seed, step, 1)
+    x = views(images, order_of(args.seed, epoch, len(images))[i * N:(i + 1) * N], g, args, device)
+    if args.inner_batch != "other":
+        return x, None
+    return x, views(images, torch.randperm(len(images), generator=g)[:N], g, args, device)
+
+
+def views(images, chosen: Tensor, g: torch.Generator, args, device) -> Tensor:
+    """(2N, 3, S, S): the first views of the N chosen images, then the second. Each of several processes makes its part,
+    with the random numbers of that part."""
+    mine = to_device(chosen.chunk(world_size())[rank()], images.device)
+    batch = to_device(images[mine], device)
+    both = [augment(batch, g, args.crop_scale, args.hue, args.grayscale, rank(), world_size()) for _ in (1, 2)]
+    return torch.cat(both).contiguous(memory_format=torch.channels_last)
+
+
+@functools.lru_cache(maxsize=1)
+def order_of(seed: int, epoch: int, M: int) -> Tensor:
+    return torch.randperm(M, generator=generator(seed, epoch, 0))
 
 
 def generator(seed: int, step: int, which: int) -> torch.Generator:
@@ -613,8 +714,8 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------- models and optimizers
 
-# target: BYOL's slow copy, Sequential(f, g), or None; start: the first values of phi, the parameters of g and q
-Model = collections.namedtuple("Model", "f g q target start")
+# target: BYOL's slow copy, Sequential(f, g), or None; first: a copy of ModuleList([g, q]) before the first step
+Model = collections.namedtuple("Model", "f g q target first")
 
 
 def build(args, device="cpu") -> Model:
@@ -623,7 +724,7 @@ def build(args, device="cpu") -> Model:
     f = projhead.encoder(args.encoder, args.image_size)
     sizes = {"d": args.dim, "hidden": args.hidden, "depth": args.depth}
     sizes = {size: value for size, value in sizes.items() if value}
-    if "bn" in inspect.signature(HEADS[args.head]).parameters:
+    if args.depth:
         sizes["bn"] = args.head_bn in ("hidden", "both")
     try:
         g = HEADS[args.head](f.dim, **sizes)
@@ -636,7 +737,7 @@ def build(args, device="cpu") -> Model:
     f, g, q = (projhead.synchronized(module.to(device)).train() for module in (f, g, q))
     f = f.to(memory_format=torch.channels_last)
     target = copy.deepcopy(nn.Sequential(f, g)).requires_grad_(False) if args.target == "ema" else None
-    return Model(f, g, q, target, [p.detach().clone() for p in nn.ModuleList([g, q]).parameters()])
+    return Model(f, g, q, target, copy.deepcopy(nn.ModuleList([g, q])).requires_grad_(False))
 
 
 def optimizers(model: Model, args) -> list[torch.optim.SGD]:
@@ -651,7 +752,7 @@ def optimizers(model: Model, args) -> list[torch.optim.SGD]:
     fused = next(model.f.parameters()).is_cuda
     both = [torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused)
             for groups in ([f], [g, q])]
-    for optimizer in both if WORLD_SIZE > 1 else ():
+    for optimizer in both if world_size() > 1 else ():
         optimizer.register_step_pre_hook(average_gradients)
     return both
 
@@ -673,8 +774,86 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
 
 # ---------------------------------------------------------------------------- a run's files
 
+def start_run(args, images: Tensor, model: Model, theta, phi, per_epoch: int, device) -> argparse.Namespace:
+    """A run that is continued from its checkpoint, or a new one, saved at once. Raises UserError.
+
+    .parts: what has a state dict, by its name in a checkpoint; .images: their number and checksum; .log: the lines of
+    metrics.jsonl; .losses: [loss, inner loss] of the steps that were not looked at yet, .seen: of those that were.
+    """
+    parts = {"encoder": model.f, "head": model.g, "predictor": model.q, "theta": theta, "phi": phi}
+    parts |= {"target": model.target} if model.target else {}
+    run = argparse.Namespace(
+        args=args, parts=parts, images=[len(images), zlib.crc32(images.cpu().numpy())], per_epoch=per_epoch, step=0,
+        total=args.epochs * per_epoch, losses=[], seen=[], shown="", saved=time.perf_counter())
+    file, log = Path(args.out, "checkpoint.pt"), Path(args.out, "metrics.jsonl")
+    found = [read_checkpoint(file) if rank() == 0 and file.exists() else None]
+    if rank() == 0 and log.exists() and not found[0]:
+        raise UserError(f"--out {args.out} holds a metrics.jsonl without a checkpoint: choose another")
+    if world_size() > 1:
+        dist.broadcast_object_list(found)                       # the machines need not share a disk
+    old, = found
+    if args.precision is None:                                  # a run that moves to another device keeps its own
+        args.precision = old["args"].get("precision") if old else native_precision(device)
+    if old:
+        refuse_another(run, old)
+        with checkpoint_errors(file):
+            for name, part in parts.items():
+                part.load_state_dict(old[name])
+            run.step = int(old["step"])
+    else:
+        save(run, 0)
+    run.log = [json.dumps({
+        "command": command(), "args": vars(args), "images": len(images), "python": sys.version.split()[0],
+        "torch": torch.__version__, "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
+        "processes": world_size(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)})]
+    if log.exists():
+        run.log = log.read_text(errors="replace").splitlines()[:1 + run.step // per_epoch]
+    say(f"{args.out}: {len(images)} images of {args.image_size} px, {args.encoder} in {args.precision} on {device}, "
+        f"step {run.step} of {run.total}" + f", {world_size()} processes" * (world_size() > 1))
+    if per_epoch < 10:
+        note(f"warning: {per_epoch} steps an epoch, {run.total} in all: a smaller --batch-size makes more")
+    run.epoch_began = time.perf_counter()
+    return run
+
+
+def refuse_another(run, old: dict) -> None:
+    """UserError where the checkpoint is of another run; where only drawings differ in a bit, as they do between CPUs of
+    other instructions, a warning."""
+    there, here = old["args"] | {"images": old["images"]}, vars(run.args) | {"images": run.images}
+    if run.args.dataset == "shapes" and there["images"] != run.images and there["images"][0] == run.images[0]:
+        note("warning: the shapes were drawn in other bits there: this run is not the same to the last bit")
+        there["images"] = run.images
+    differ = [f"{flag.replace('_', '-')} {there.get(flag)} there, {value} here" for flag, value in here.items()
+              if flag not in PLACES and there.get(flag) != value]
+    if differ:
+        raise UserError(f"--out {run.args.out} holds another run: {'; '.join(differ)}: choose another")
+
+
+def read_checkpoint(file: Path) -> dict:
+    """What a checkpoint holds; reading it runs no code. Raises UserError, and OSError where it may not be read."""
+    content = file.read_bytes()
+    with checkpoint_errors(file):
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return {"args": dict(checkpoint["args"]), "images": list(checkpoint["images"]), "crc": zlib.crc32(content),
+                **{name: value for name, value in checkpoint.items() if name not in ("args", "images")}}
+
+
 @contextlib.contextmanager
-def replacing(path: Path):
+def checkpoint_errors(file: Path):
+    """What fails inside by the file's content: UserError. Too little memory is none of its faults."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                     # of torch, about old kinds of files
+            yield
+    except Exception as e:                                      # of pickle, zipfile, torch
+        if isinstance(e, (UserError, OSError)) or out_of_memory(e):
+            raise
+        raise UserError(f"{file} is damaged, or not a checkpoint of ours ({type(e).__name__})") from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path, hint: str = ""):
     """A new file beside `path` that takes its name at the end, synced to disk; after an error `path` is as it was.
     Raises UserError where it cannot be written, as on a full disk."""
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
@@ -686,100 +865,75 @@ def replacing(path: Path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}; what it held before is as it was") from None
+        kept = "; what it held before is as it was" if path.is_file() else ""
+        raise UserError(f"cannot write {path}: {e.strerror or e}{kept}{hint}") from None
     finally:
         with contextlib.suppress(OSError):                      # it is there only after an error
             temporary.unlink()
 
 
-@contextlib.contextmanager
-def checkpoint_errors(path: Path):
-    """Whatever fails inside, the file at `path` is not a checkpoint of ours: UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as e:                                      # of pickle, zipfile, torch
-        raise UserError(f"{path} is damaged, or not a checkpoint of ours ({type(e).__name__})") from None
-
-
-def start_run(args, images: Tensor, parts: dict, per_epoch: int, device) -> argparse.Namespace:
-    """A run at .step of .total: continued from its checkpoint, or new and saved at once. .log holds the lines of
-    metrics.jsonl. parts: what has a state dict, by its name in a checkpoint. Raises UserError."""
-    out, now = Path(args.out), time.perf_counter()
-    file, log = out / "checkpoint.pt", out / "metrics.jsonl"
-    run = argparse.Namespace(args=args, out=out, parts=parts, images=[len(images), zlib.crc32(images.cpu().numpy())],
-                             per_epoch=per_epoch, step=0, total=args.epochs * per_epoch, losses=[],
-                             began=now, epoch_began=now, said=now, saved=now)
-    found = [None, {}]                                          # the checkpoint, and what of it must be the same here
-    if RANK == 0 and file.exists():
-        with checkpoint_errors(file):
-            old = torch.load(file, map_location="cpu", weights_only=True)
-            found = [old, old["args"] | {"images": old["images"]}]
-    elif RANK == 0 and log.exists():
-        raise UserError(f"--out {out} holds a metrics.jsonl without a checkpoint: choose another")
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(found)                       # the first process knows
-    old, there = found
-    if args.precision is None:                                  # a run that moves to another device keeps its own
-        args.precision = there.get("precision") or native_precision(device)
-    run.log = [json.dumps({
-        "command": command(), "args": vars(args), "images": len(images), "python": sys.version.split()[0],
-        "torch": torch.__version__, "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
-        "processes": WORLD_SIZE,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)})]
-    if there:
-        differ = [f"{flag.replace('_', '-')} {there.get(flag)} there, {value} here"
-                  for flag, value in [*vars(args).items(), ("images", run.images)]
-                  if flag not in PLACES and there.get(flag) != value]
-        if differ:
-            raise everywhere(UserError(f"--out {out} holds another run: {'; '.join(differ)}: choose another"))
-        with checkpoint_errors(file):
-            for name, part in parts.items():
-                part.load_state_dict(old[name])
-            run.step = int(old["step"])
-        run.log = log.read_text(errors="replace").splitlines()[:1 + run.step // per_epoch] if log.exists() else run.log
-    else:
-        save(run, 0)
-    say(f"{out}: {len(images)} images of {args.image_size} px, {args.encoder} in {args.precision} on {device}, "
-        f"step {run.step} of {run.total}" + f", {WORLD_SIZE} processes" * (WORLD_SIZE > 1))
-    return run
-
-
 def save(run, step: int) -> None:
     """Write the checkpoint. Raises UserError where a weight is not finite: what was saved before stays."""
-    if RANK:                                                    # all processes have the same weights
+    if rank():                                                  # all processes have the same weights
         return
     states = {name: part.state_dict() for name, part in run.parts.items()}
     if not all(t.isfinite().all() for name in states.keys() - {"theta", "phi"} for t in states[name].values()):
         raise diverged("a weight or a BatchNorm's statistic is not finite", step, run.args)
     buffer = io.BytesIO()
     torch.save({"args": vars(run.args), "step": step, "images": run.images, **states}, buffer)
-    with replacing(run.out / "checkpoint.pt") as file:
+    with replacing(Path(run.args.out, "checkpoint.pt")) as file:
         file.write(buffer.getbuffer())
     run.saved = time.perf_counter()
 
 
-def check_losses(run, step: int) -> list[float]:
-    """The means of [loss, inner loss] over the epoch's steps so far. Raises UserError for one that is not finite."""
-    values = torch.stack(run.losses).cpu()                      # this waits for a GPU
-    if WORLD_SIZE > 1:
+def end_step(run, done: int, lr: float, h: Tensor, model: Model, stopped) -> None:
+    """After `done` steps look at the losses, end the epoch and save, each where it is due."""
+    ended = done % run.per_epoch == 0
+    if ended or stopped or h.device.type == "cpu" or len(run.losses) == 100:
+        look_at_losses(run, done)                               # this waits for a GPU
+    if ended:
+        end_epoch(run, done, lr, h, model)
+    due = 30 if ended else 300                                  # seconds after the last checkpoint
+    if stopped or done == run.total or time.perf_counter() - run.saved > due:
+        save(run, done)
+
+
+def look_at_losses(run, step: int) -> None:
+    """Raises UserError for one that is not finite."""
+    values = torch.stack(run.losses).cpu()
+    if world_size() > 1:
         dist.all_reduce(values)
-        values /= WORLD_SIZE
+        values /= world_size()
     for i, loss in enumerate(values[:, 0].tolist(), step + 1 - len(values)):
         if not math.isfinite(loss):
             raise diverged(f"the loss is {loss}", i, run.args)
-    return values.mean(dim=0).tolist()
+    run.seen.append(values)
+    run.losses, run.shown = [], f"loss {values[-1, 0]:.2f}"
 
 
-def diverged(what: str, step: int, args) -> BaseException:
-    return everywhere(UserError(f"{what} in step {step}: try a smaller --lr than {args.lr}"
-                                f"{' or --sparsity' * bool(args.sparsity)}; {args.out} keeps what was saved before"))
+def diverged(what: str, step: int, args) -> UserError:
+    return UserError(f"{what} in step {step}: try a smaller --lr than {args.lr}"
+                     f"{' or --sparsity' * bool(args.sparsity)}; {args.out} keeps what was saved before")
 
 
 def end_epoch(run, step: int, lr: float, h: Tensor, model: Model) -> None:
-    """Measure the epoch and its last batch, add a line to metrics.jsonl and print it. README.md explains the keys."""
-    args, (loss, inner) = run.args, check_losses(run, step)
+    """Add a line to metrics.jsonl and print it. The keys, of which each run has those that it has a use for:
+
+    epoch, step       counted from 1
+    loss, inner_loss  means over the epoch's steps: of the objective, and of where the last inner step started from
+    lr                the encoder's learning rate in the last step
+    rank_h, rank_z    effective rank (RankMe) of the last batch's h and z, both views, 1 to their width
+    spread_h, _z      their spread on the sphere: 0 where all are one, the collapse; at most 1
+    offdiag           Frobenius norm of E, the off-diagonal entries of --predictor offdiag
+    moved             Frobenius norm of how far --predictor linear has moved from where it was drawn
+    penalty, pruned   R(W) of the head's first layer, without lambda; the fraction of its input features with no weight
+    seconds           of the epoch, without this line and checkpoints; views_per_s: images times two over it
+    memory            the most that tensors took on a GPU so far, in GiB
+
+    The first line has the command, args (with their defaults), images (their number), python, torch and torchvision
+    (versions), threads, processes, device.
+    """
+    args, values = run.args, torch.cat(run.seen)
     seconds = time.perf_counter() - run.epoch_began
     with torch.no_grad():
         z = model.g.eval()(h)
@@ -787,41 +941,35 @@ def end_epoch(run, step: int, lr: float, h: Tensor, model: Model) -> None:
     h, z = projhead.gather(h), projhead.gather(z)
     if not (h.isfinite().all() and z.isfinite().all()):
         raise diverged("h or z is not finite", step, args)
+    loss, inner = values.mean(dim=0).tolist()
     line = {"epoch": step // run.per_epoch, "step": step, "loss": loss, "lr": lr,
             "rank_h": projhead.effective_rank(h), "rank_z": projhead.effective_rank(z),
             "spread_h": projhead.spread(h), "spread_z": projhead.spread(z),
-            "seconds": seconds, "views_per_s": len(h) * len(run.losses) / seconds}
+            "seconds": seconds, "views_per_s": len(h) * len(values) / seconds}
     if args.inner_steps:
         line["inner_loss"] = inner
     if args.predictor == "offdiag":
         line["offdiag"] = model.q.E.norm().item()
     if args.predictor == "linear":
-        line["moved"] = (model.q.weight.detach() - model.start[-1]).norm().item()       # q's only weight
+        line["moved"] = (model.q.weight - model.first[1].weight).norm().item()
     if args.sparsity:
         line["penalty"] = sparsity(model.g, args.sparsity_norm).item()
         line["pruned"] = projhead.fraction_pruned(model.g, h)
     if h.is_cuda:
         line["memory"] = torch.cuda.max_memory_allocated(h.device) / 2**30
     run.log.append(json.dumps({key: round(value, 6) for key, value in line.items()}))
-    if RANK == 0:
-        with replacing(run.out / "metrics.jsonl") as file:
+    if rank() == 0:
+        with replacing(Path(args.out, "metrics.jsonl")) as file:
             file.write("".join(line + "\n" for line in run.log).encode())
     shown = {key: line[key] for key in ("loss", "rank_h", "rank_z", "offdiag", "pruned", "views_per_s") if key in line}
     say(f"epoch {line['epoch']}/{args.epochs}  " + "  ".join(f"{key} {value:.5g}" for key, value in shown.items()))
-    run.losses, run.epoch_began = [], time.perf_counter()
-
-
-def tell(run, step: int) -> None:
-    """Once a minute, how far the run is."""
-    now = time.perf_counter()
-    if now - run.said > 60:
-        left = (now - run.began) / (step - run.step) * (run.total - step) / 60
-        say(f"step {step}/{run.total}, {left:.0f} minutes left")
-        run.said = now
+    if line["spread_z"] < 0.01:
+        note(f"warning: z has collapsed, its spread is {line['spread_z']:.4f} of at most 1: all images look the same")
+    run.seen, run.epoch_began = [], time.perf_counter()
 
 
 def command() -> str:
-    start = ["torchrun", "--nproc-per-node", str(LOCAL_WORLD_SIZE)] if WORLD_SIZE > 1 else ["python"]
+    start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if world_size() > 1 else ["python"]
     return shlex.join(start + sys.argv)
 
 
@@ -829,11 +977,15 @@ def command() -> str:
 
 def join(args) -> torch.device:
     """This process's device; under torchrun it joins the others, by nccl on GPUs and gloo on CPUs. Raises UserError."""
-    device = usable(f"cuda:{LOCAL_RANK}" if WORLD_SIZE > 1 and args.device == "cuda" else args.device)
-    if WORLD_SIZE > 1 and not dist.is_initialized():
+    several = "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1          # torchrun sets these
+    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if several and args.device == "cuda" else args.device
+    device = usable(gpu)
+    if several and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        print(f"process {os.environ['RANK']} waits for {os.environ['WORLD_SIZE']} processes at "
+              f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}", file=sys.stderr, flush=True)
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))       # one may decode, the others wait
     return device
 
@@ -848,33 +1000,28 @@ def usable(device: str) -> torch.device:
         raise UserError(f"--device {device}: {e}".splitlines()[0]) from None
 
 
-def everywhere(error: UserError) -> BaseException:
-    """An error that all processes have: the first shows it."""
-    return error if RANK == 0 else SystemExit(2)
-
-
 def average_gradients(optimizer, *_) -> None:
     """Before each step of an optimizer: its gradients become their means over the processes, in one message."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if gradients:
-        mean = torch.cat([g.flatten() for g in gradients]) / WORLD_SIZE
+        mean = torch.cat([g.flatten() for g in gradients]) / world_size()
         dist.all_reduce(mean)
         for g, new in zip(gradients, mean.split([g.numel() for g in gradients])):
             g.copy_(new.view_as(g))
 
 
 @contextlib.contextmanager
-def signals():
-    """A list that will hold the first SIGINT or SIGTERM. A second one ends the process, but under torchrun, which
-    passes on what its processes already have."""
+def first_signal():
+    """A list that will hold the first SIGINT or SIGTERM; a second one ends the process. Only in a single process, whose
+    main thread this is."""
     caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
     def first(number, _):
         caught.append(number)
-        if RANK == 0:
-            os.write(2, b"\nfinishing the step, then saving (again: stop at once)\n")
-        for each in numbers if WORLD_SIZE == 1 else ():
+        os.write(2, b"\nfinishing the step, then saving (again: stop at once)\n")
+        for each in numbers:
             signal.signal(each, signal.SIG_DFL)
-    before = [signal.signal(number, first) for number in numbers]
+    own = world_size() == 1 and threading.current_thread() is threading.main_thread()
+    before = [signal.signal(number, first) for number in numbers] if own else []
     try:
         yield caught
     finally:
@@ -882,44 +1029,62 @@ def signals():
             signal.signal(number, handler)
 
 
-def first_signal(caught: list[int]) -> int:
-    """The signal after which to stop, or 0, the same in all processes. This waits for them, not for their GPUs."""
-    number = torch.tensor(caught[0] if caught else 0)
-    if WORLD_SIZE > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
-
-
-def say(text: str, file=None) -> None:
-    if RANK == 0:
-        print(text, file=file, flush=True)
+def say(text: str, file=None, end: str = "\n") -> None:
+    """Print by the first process; on a terminal over what Progress has left there."""
+    if rank() == 0:
+        file = file or sys.stdout
+        print(text.ljust(79) if file.isatty() else text, file=file, end=end, flush=True)
 
 
 def note(text: str) -> None:
-    say(text, file=sys.stderr)
+    say(text, sys.stderr)
 
 
-def main(run) -> None:
+class Progress:
+    """Says how far a loop is: on a terminal a line that is redrawn once a second, in a log a line a minute, the first
+    after ten seconds."""
+
+    def __init__(self, total: int, file=None, what: str = "step", done: int = 0):
+        self.total, self.file, self.what, self.first = total, file or sys.stdout, what, done
+        self.began = self.said = time.perf_counter()
+        self.terminal = self.file.isatty()
+        self.due = 1 if self.terminal else 10
+
+    def __call__(self, done: int, text: str = "") -> None:
+        now = time.perf_counter()
+        if now - self.said < self.due or done == self.total:
+            return
+        minutes = (now - self.began) / (done - self.first) * (self.total - done) / 60
+        words = f"{self.what} {done:,}/{self.total:,}", text, f"{minutes:.0f} min left"
+        say("  ".join(filter(None, words)), self.file, end="\r" if self.terminal else "\n")
+        self.said, self.due = now, 1 if self.terminal else 60
+
+
+def out_of_memory(e: BaseException) -> bool:
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(e)
+
+
+def main(run, hint: str = "") -> None:
     """Run a script's main function; what the user can mend is one line on stderr and exit code 2."""
     try:
         run()
-    except KeyboardInterrupt:                                   # before the first step, or in eval.py
+    except KeyboardInterrupt:                                   # before the first step, in eval.py, under torchrun
         sys.exit(130)
     except BrokenPipeError:                                     # eval.py ... | head
         os._exit(1)
-    except (UserError, OSError, RuntimeError, MemoryError) as e:
-        memory = isinstance(e, MemoryError) or "to allocate" in str(e)
-        lost = isinstance(e, dist.DistError) or "gloo" in str(e)
-        others = WORLD_SIZE > 1 and lost                        # another process has stopped, and said why
-        if isinstance(e, RuntimeError) and not memory and not others:
+    except (UserError, OSError, MemoryError, RuntimeError) as e:
+        lost = world_size() > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e))     # another one said why
+        if out_of_memory(e):
+            print(f"error: out of memory{hint}", file=sys.stderr)
+        elif isinstance(e, RuntimeError) and not lost:
             raise
-        if not others:
-            print(f"error: {'out of memory: try a smaller --batch-size' if memory else e}", file=sys.stderr)
+        elif not lost:
+            print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(lambda: train(parse_args()))
+    main(lambda: train(parse_args()), ": try a smaller --batch-size")
