@@ -278,10 +278,14 @@ def test_losses_at_the_extremes():
     lambda: projhead.MLP(8, depth=0),
     lambda: projhead.SliceHead(12, 0),
     lambda: projhead.SliceHead(12, 13),
-    lambda: projhead.DiscreteHead(8, levels=1),
-    lambda: projhead.fit_head(None, torch.optim.SGD(nn.Linear(2, 2).parameters()), 0),
-    lambda: projhead.unroll_head(None, None, torch.optim.SGD(nn.Linear(2, 2).parameters()), 0),
+    lambda: projhead.MLP(8)(torch.ones(1, 8)),
+    *(functools.partial(fit, None, torch.optim.SGD(nn.Linear(2, 2).parameters()), *rest)        # phi: 2 x 2, 2
+      for fit in (projhead.fit_head, functools.partial(projhead.unroll_head, None))
+      for rest in ((0,), (1, []), (1, [torch.ones(2, 2)]), (1, [torch.ones(1, 2), torch.ones(2)]),
+                   (1, [torch.ones(2, 2), torch.ones(2), torch.ones(2)]))),
     lambda: projhead.sparsity(projhead.MLP(8), "l3"),
+    lambda: projhead.sparsity(projhead.MLP(8), "l21-out"),
+    lambda: projhead.sparsity(nn.Sequential(projhead.LinearHead(8), nn.BatchNorm1d(128)), "l21-out"),
     lambda: projhead.sparsity(projhead.NoHead(8)),
     lambda: projhead.fraction_pruned(projhead.NoHead(8), torch.ones(4, 8))])
 def test_what_cannot_be_is_a_value_error(bad):
@@ -310,21 +314,51 @@ def test_heads_and_predictors_map_rows_to_rows():
     for name, head in HEADS.items():
         width = {"none": 16, "reweight": 16, "slice": 2}.get(name, 128)
         assert head(16)(torch.randn(4, 16)).shape == (4, width), name
+        assert repr(head(128)) == repr(train.build(parsed(f"--head {name}")).g)      # a class's defaults are train.py's
     for name, predictor in PREDICTORS.items():
         assert predictor(16)(torch.randn(4, 16)).shape == (4, 16), name
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
 @pytest.mark.parametrize("kind", [projhead.MLP, projhead.SparseHead])
-def test_an_mlp_of_any_depth_is_its_formula(kind, depth):
-    head, h = kind(6, 4, hidden=9, depth=depth).double(), randn(5, 6)
-    z, layers = h, list(head.parameters())
-    for W, b in zip(layers[::2], layers[1::2]):
-        z = (z if z is h else z.relu()) @ W.T + b
-    assert torch.allclose(head(h), z)
+@pytest.mark.parametrize("bn", [True, False])
+def test_an_mlp_of_any_depth_is_its_formula(bn, kind, depth):
+    head, h = kind(6, 4, hidden=9, depth=depth, **{} if bn else {"bn": False}).double(), randn(5, 6)
+    for p in head.parameters():
+        nn.init.normal_(p)
+    *hidden, W, b = head.parameters()
+    z, layers = h, list(zip(*[iter(hidden)] * (3 if bn else 2), strict=True))
+    for W1, *rest in layers:
+        z = z @ W1.T
+        if bn:                                          # its Linear has no bias
+            z = (z - z.mean(0)) / ((z - z.mean(0)).square().mean(0) + 1e-5).sqrt() * rest[0]
+        z = (z + rest[-1]).relu()
+    assert torch.allclose(head(h), z @ W.T + b)
     widths = [6] + [9] * (depth - 1) + [4]
-    assert [W.shape for W in layers[::2]] == list(zip(widths[1:], widths))
-    assert [p.shape for p in kind(6).parameters()] == [(12, 6), (12,), (128, 12), (128,)]
+    assert [W1.shape for W1, *_ in [*layers, (W, b)]] == list(zip(widths[1:], widths))
+    assert [p.shape for p in kind(6).parameters()] == [(12, 6), (12,), (12,), (128, 12), (128,)]
+
+
+def test_head_bn_its_defaults_and_what_it_builds():
+    flags = ("", "--predictor mlp", "--predictor identity --loss infonce", "--predictor offdiag",
+             "--predictor mlp --loss bn")
+    for heads, expected in (("mlp, parametric, sparse, sparse --depth 3", "hidden both both hidden hidden"),
+                            ("none, linear, slice, mlp --depth 1", "none end end none none"),
+                            ("reweight", "none none none none none")):
+        for head in heads.split(", "):
+            assert [parsed(f"--head {head} {each}").head_bn for each in flags] == expected.split(), head
+    for bn, hidden, end in (("none", False, 0), ("hidden", True, 0), ("end", False, 1), ("both", True, 1)):
+        g = projhead.MLP(128, depth=3, bn=hidden)
+        g = nn.Sequential(g, nn.BatchNorm1d(128, affine=False)) if end else g
+        assert repr(g) == repr(train.build(parsed(f"--head mlp --depth 3 --head-bn {bn}")).g)
+    free = "--sparsity 1 --sparsity-norm l21-out --head"
+    heads = "none", "linear", "slice", "reweight", "mlp --depth 1"
+    for bad in (*(f"--head {head} --head-bn {bn}" for head in heads for bn in ("hidden", "both")),
+                "--head reweight --head-bn end", f"{free} mlp", f"{free} sparse", f"{free} sparse --head-bn both",
+                f"{free} linear --head-bn end", f"{free} linear --predictor mlp"):
+        with pytest.raises(train.UserError, match="--head-bn"):
+            parsed(bad)
+    assert all(parsed(f"{free} {good}") for good in ("mlp --head-bn none", "mlp --head-bn end", "linear"))
 
 
 def test_linear_is_an_mlp_of_depth_1_to_the_last_bit():
@@ -357,8 +391,6 @@ def test_offdiag_entries_do_not_decay_and_all_else_does():
         assert all(torch.allclose(p, factor * q) for p, q in zip(module.parameters(), old.parameters()))
 
 
-# ---------------------------------------------------------------------------- other papers' heads
-
 def test_slice_and_reweight_are_their_formulas():
     h = randn(5, 12)
     assert torch.equal(projhead.SliceHead(12, 4)(h), h[:, :4])
@@ -369,52 +401,10 @@ def test_slice_and_reweight_are_their_formulas():
         assert not list(head.parameters()) and not head.state_dict()
 
 
-def test_topk_keeps_the_k_largest_and_their_gradient():
-    head, h = projhead.TopKHead(6, 3, hidden=10, k=4).double(), randn(5, 6).requires_grad_()
-    head[0].bias.data += 2                              # more than k are positive
-    x = (h @ head[0].weight.T + head[0].bias).relu()
-    largest = x >= x.sort(dim=1).values[:, -4:-3]
-    z = (x * largest) @ head[2].weight.T + head[2].bias
-    assert torch.allclose(head(h), z)
-    of = [h, *head.parameters()]
-    torch.testing.assert_close(torch.autograd.grad(head(h).norm(), of), torch.autograd.grad(z.norm(), of))
-    assert projhead.TopKHead(16).k == 4 and projhead.TopKHead(1).k == 1
-
-
-@pytest.mark.parametrize("levels", [2, 3, 4, 5, 8, 33])
-def test_discrete_rounds_to_its_levels_with_the_gradient_straight_through(levels):
-    head, h = projhead.DiscreteHead(6, 4, levels=levels).double(), randn(999, 6).requires_grad_()
-    grid = torch.tensor([(i - levels // 2) / (levels // 2) for i in range(levels)], dtype=double)
-    exact = F.batch_norm(head[2](head[0](h).relu()), None, None, training=True).tanh()
-    exact = (grid[0] + grid[-1]) / 2 + (grid[-1] - grid[0]) / 2 * exact         # -1 to 1 becomes the grid's range
-    z = head(h)
-    assert torch.allclose(z.unique(), grid)             # all its levels are used from the start
-    assert (z - exact).abs().max() <= 0.5 / (levels // 2) + 1e-9                # each time the nearest one
-    assert torch.allclose(*(torch.autograd.grad(value, h, randn(999, 4, seed=1))[0] for value in (z, exact)))
-
-
-@pytest.mark.parametrize("options, rho, eps", [((), 0.3, 0.01), ((0.4, 0), 0.4, 0)])
-def test_directpred_is_its_formula(options, rho, eps):
-    q, F_hat, W = projhead.DirectPred(5, *options).double(), 0, (1 + eps) * torch.eye(5, dtype=double)
-    for step in range(4):
-        z = randn(7, 5, seed=step)
-        z[:, 3:] = z[:, :2] @ randn(2, 2, seed=9)       # of rank 3: two eigenvalues are 0 but for rounding
-        p = q(z.requires_grad_())
-        assert torch.allclose(p, z @ W, atol=1e-6)
-        assert torch.allclose(torch.autograd.grad(p[0, 0], z)[0][0], W[0], atol=1e-6)      # through z, not through W
-        F_hat = rho * F_hat + (1 - rho) * sum(torch.outer(row, row) for row in z.detach()) / 7
-        assert torch.allclose(q.F_hat, F_hat, atol=1e-12)
-        s, U = torch.linalg.eigh(F_hat)
-        W = U @ ((s.clamp(min=0) / s.max()).sqrt() + eps).clamp(min=1e-4).diag() @ U.T
-    q.eval()(z)
-    assert torch.allclose(q.F_hat, F_hat, atol=1e-12) and not list(q.parameters())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert projhead.DirectPred(5)(z.bfloat16()).isfinite().all()
-
-
 # ---------------------------------------------------------------------------- the objective and the step
 
-def naive_penalty(W, norm):
+def naive_penalty(W, norm, unit_rows=False):
+    W = torch.stack([w / w.norm() for w in W]) if unit_rows else W              # where a BatchNorm follows
     columns, rows = ([math.sqrt(sum(v * v for v in line)) for line in M.tolist()] for M in (W.T, W))
     whole = math.sqrt(sum(c * c for c in columns))
     single = sum(abs(v) for line in W.tolist() for v in line)
@@ -423,38 +413,39 @@ def naive_penalty(W, norm):
 
 
 @pytest.mark.parametrize("flags", [
-    "--head none", "--head mlp --tau 0.2", "--head sparse --sparsity 0.3 --sparsity-norm l1", "--predictor mlp",
-    "--loss barlow --head mlp --dim 9", "--predictor mlp --loss barlow --dim 9", "--predictor offdiag --sparsity 2",
-    "--predictor identity --loss infonce", "--predictor directpred --loss infonce --tau 1",
+    "--head none", "--head mlp --tau 0.2 --head-bn none", "--head sparse --sparsity 0.3 --sparsity-norm l1-plain",
+    "--head sparse --head-bn end --sparsity-norm l21-out", "--predictor mlp", "--loss barlow --head mlp --dim 9",
+    "--predictor mlp --loss barlow --dim 9 --head-bn none", "--predictor offdiag --sparsity 2",
+    "--predictor identity --loss infonce", "--predictor linear --loss infonce --tau 1 --sparsity 1 --head-bn none",
     "--predictor linear --loss bn --target ema", "--predictor offdiag --loss cosine --target ema --head sparse"])
 def test_the_objective_is_its_equation(flags):
     args, model, *_ = networks(flags)
     if args.predictor == "offdiag":
         nn.init.normal_(model.q.A)
-    fresh, other = copy.deepcopy(model), copy.deepcopy(model)           # directpred's forward changes it
     h, t = randn(10, 128).requires_grad_(), randn(10, args.dim, seed=1) if args.target == "ema" else None
-    loss, z = train.objective(h, t, model, args), other.g(h)
+    loss, z = train.objective(h, t, model, args), model.g(h)
     naive = (lambda a, b: naive_nt_xent(a, b, args.tau)) if args.loss == "infonce" else NAIVE[args.loss]
     if args.predictor == "none":
         expected = naive(z[:5], z[5:])
-        inputs = [h, *fresh.g.parameters()]
-        assert torch.autograd.gradcheck(lambda *_: train.objective(h, t, fresh, args), inputs, fast_mode=True)
+        inputs = [h, *model.g.parameters()]
+        assert torch.autograd.gradcheck(lambda *_: train.objective(h, t, model, args), inputs, fast_mode=True)
     else:                                               # each view predicts the other, as a constant
-        p, t = other.q(z), z.detach() if t is None else t
+        p, t = model.q(z), z.detach() if t is None else t
         expected = (naive(p[:5], t[5:]) + naive(p[5:], t[:5])) / 2
-        constant = train.objective(h, t, fresh, args)
+        constant = train.objective(h, t, model, args)
         assert torch.allclose(*(torch.autograd.grad(value, h, retain_graph=True)[0] for value in (loss, constant)))
     if args.sparsity:
-        expected += args.sparsity * naive_penalty(projhead.first_weight(model.g), args.sparsity_norm)
+        expected += args.sparsity * naive_penalty(
+            projhead.first_weight(model.g)[0], args.sparsity_norm, args.head_bn in ("hidden", "both"))
     assert loss.item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("flags", [
-    "--head mlp", "--head none", "--loss barlow --head mlp", "--predictor mlp --target ema",
-    "--head sparse --inner-steps 1", "--head parametric --inner-steps 3", "--head parametric --inner-start reset",
-    "--head linear --predictor offdiag --inner-steps 2", "--head mlp --inner-steps 2 --inner-batch other",
+    "--head mlp --head-bn none", "--head none", "--loss barlow --head mlp", "--predictor mlp --target ema",
+    "--head sparse --inner-steps 1", "--inner-steps 3 --head-bn none", "--head parametric --inner-start reset",
+    "--head linear --predictor offdiag --inner-steps 2", "--inner-batch other --head-bn end",
     "--predictor mlp --target ema --inner-steps 2 --inner-batch other --inner-start reset",
-    "--head mlp --inner-steps 2 --inner-gradient unrolled",
+    "--head mlp --inner-steps 2 --inner-gradient unrolled --head-bn none",
     "--predictor linear --inner-steps 3 --inner-gradient unrolled --inner-start reset"])
 def test_two_steps_are_gradient_descent_written_out(flags):
     """Joint: theta and phi from the same gradient. Inner steps: phi alone K times at fixed h, of this batch or another,
@@ -526,6 +517,18 @@ def test_fit_head_lowers_the_loss_and_starts_again_without_momentum():
     assert projhead.fit_head(lambda: loss(h), optimizer, 3, start) == losses[0]
 
 
+@pytest.mark.parametrize("passes", [3, 4])              # unroll_head computes L(theta, phi_3) too
+def test_inner_steps_move_a_batchnorms_statistics_and_a_start_leaves_them(passes):
+    head, h = projhead.MLP(4, 3, hidden=5).double(), randn(10, 4)
+    start, optimizer = [randn(*p.shape) for p in head.parameters()], torch.optim.SGD(head.parameters(), 0.0)
+    fit = projhead.fit_head if passes == 3 else functools.partial(projhead.unroll_head, heads=head)
+    for calls in (1, 2):
+        fit(lambda: head(h).square().mean(), optimizer=optimizer, steps=3, start=start)
+        weight = 1 - 0.9 ** (calls * passes)
+        assert torch.allclose(head[1].running_mean, weight * (h @ start[0].T).mean(dim=0))
+        assert head[1].num_batches_tracked == calls * passes and all(map(torch.equal, head.parameters(), start))
+
+
 @pytest.mark.parametrize("steps, momentum, decay", [(1, 0, 0), (3, 0, 0), (3, 0, 0.2), (500, 0.9, 0)])
 def test_envelope_theorem(steps, momentum, decay):
     """dV/dtheta of V(theta) = min over phi of L(theta, phi), numerically, is dL/dtheta at the fitted phi, and only
@@ -551,11 +554,12 @@ def test_envelope_theorem(steps, momentum, decay):
     torch.testing.assert_close((*unrolled, g.weight), (value, inner, fitted), rtol=1e-9, atol=0)
 
 
-def test_what_inner_steps_do_to_the_encoders_gradient():
+@pytest.mark.parametrize("head_bn", ["none", "hidden"])
+def test_what_inner_steps_do_to_the_encoders_gradient(head_bn):
     """After some joint training: the mean cosine of dL/dtheta after K inner steps with that at K = 0, and the losses of
     the step's batch and of the other one."""
     args = parsed("--head mlp --tau 0.1 --inner-steps 2 --inner-batch other")
-    joint = parsed("--head mlp --tau 0.1")
+    joint = parsed(f"--head mlp --tau 0.1 --head-bn {head_bn}")
     model, images = train.build(joint), draw_shapes(1024, seed=1)[0]
     theta, phi = train.optimizers(model, joint)
     views = train.two_views(images, args, range(56), 32, 32, torch.device("cpu"))
@@ -579,16 +583,17 @@ def test_what_inner_steps_do_to_the_encoders_gradient():
             cosine = F.cosine_similarity(gradient, joint_gradient, dim=0)
             rows[K, batch, start].append([cosine.item(), own.item(), others.item()])
     mean = {kind: torch.tensor(values).mean(dim=0).tolist() for kind, values in rows.items()}
-    print("\n K  batch  start  cosine   loss  of the other batch")
+    print(f"\n--head-bn {head_bn}\n K  batch  start  cosine   loss  of the other batch")
     for (K, batch, start), (cosine, own, others) in mean.items():
         print(f"{K:2}  {batch:5}  {start:5}  {cosine:6.2f}  {own:5.2f}  {others:5.2f}")
     _, *before = mean[0, "same", "warm"]
     for batch, start in itertools.product(("same", "other"), ("warm", "reset")):
-        cosine, own, others = mean[20, batch, start]
-        assert cosine < mean[2, batch, start][0] - 0.2
-        assert (mean[2, batch, start][0] > 0.95) == (start == "warm")   # then 2 steps are nearly joint training
-        fitted, fresh = (own, others) if batch == "same" else (others, own)
-        assert fitted < min(before) - 0.2 and fresh > max(before) - 0.05        # 20 fit phi to that batch alone
+        (near, *_), (cosine, *losses) = mean[2, batch, start], mean[20, batch, start]
+        change = [after - loss for after, loss in zip(losses, before)]
+        fitted, fresh = change if batch == "same" else change[::-1]
+        assert near > 0.95 if start == "warm" else near < 0.7           # then 2 steps are nearly joint training
+        assert cosine < near - (0.3 if start == "warm" else 0.05)
+        assert fitted < -0.2 and fresh > (-0.1 if start == "warm" else 0.5)     # 20 fit phi to that batch alone
 
 
 def test_frozen_random_head_stays():
@@ -599,31 +604,40 @@ def test_frozen_random_head_stays():
 
 # ---------------------------------------------------------------------------- sparsity
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_the_norms_are_plain_loops(norm):
-    head = projhead.SparseHead(5, 3, hidden=7).double()
-    assert head.penalty(norm).item() == pytest.approx(naive_penalty(head[0].weight, norm))
-    assert head.penalty(norm) == projhead.sparsity(head, norm) and head.penalty() == head.penalty("l21")
+@pytest.mark.parametrize("norm, bn", [(n, bn) for n in NORMS for bn in (False, True) if not bn or n != "l21-out"])
+def test_the_norms_are_plain_loops(norm, bn):
+    head = projhead.SparseHead(5, 3, hidden=7, bn=bn).double()
+    deep = nn.Sequential(head, nn.BatchNorm1d(3, affine=False))                 # which does not follow W1
+    before, W = head.penalty(norm).item(), head[0].weight.data
+    assert before == pytest.approx(naive_penalty(W, norm, unit_rows=bn))
+    assert before == projhead.sparsity(deep, norm) and head.penalty() == head.penalty("l21")
+    linear = nn.Sequential(head[0], *[nn.BatchNorm1d(7, affine=False)] * bn)
+    assert before == projhead.sparsity(linear, norm)
+    W[3] *= 7                                           # which a BatchNorm undoes
+    assert (head.penalty(norm).item() == pytest.approx(before)) == bn
 
 
-def test_a_zero_column_is_pruned_and_has_a_gradient():
-    head, h = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3)), torch.tensor([[1.0, 5], [3, 7], [2, 0]])
+@pytest.mark.parametrize("bn", [False, True])
+def test_a_zero_column_is_pruned_and_has_a_gradient(bn):
+    head, h = projhead.MLP(2, 3, hidden=2, bn=bn), torch.tensor([[1.0, 5], [3, 7], [2, 0]])
     head[0].weight.data = 1e-5 * torch.tensor([[3.0, 0], [4, 1]])
     assert projhead.fraction_pruned(head, h) == 0
     assert projhead.fraction_pruned(head, h * torch.tensor([1, 0])) == 0.5      # that feature never varies
     head[0].weight.data[:, 1] = 0
     assert projhead.fraction_pruned(head, h) == 0.5
     projhead.sparsity(head).backward()
-    assert head[0].weight.grad.isfinite().all() and head[2].weight.grad is None
+    assert head[0].weight.grad.isfinite().all() and head[-1].weight.grad is None
+    head[0].weight.data = torch.tensor([[1.0, 0], [1e-5, 1e-5]])
+    assert projhead.fraction_pruned(head, h) == (0 if bn else 0.5)              # a BatchNorm makes the small row count
 
 
 def test_the_scale_free_penalty_prunes_and_the_plain_one_only_shrinks():
     """Ten input features, of which three tell the images apart; the loss normalizes, so the scale of W is free."""
     torch.manual_seed(0)
     signal = torch.randn(64, 3)
-    def fitted(norm):
+    def fitted(norm, bn):
         torch.manual_seed(0)
-        head = projhead.SparseHead(10, 8)
+        head = projhead.SparseHead(10, 8, bn=bn)
         optimizer = torch.optim.SGD(head.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
         start = head[0].weight.norm().item()
         for step in range(600):
@@ -635,68 +649,48 @@ def test_the_scale_free_penalty_prunes_and_the_plain_one_only_shrinks():
             optimizer.step()
         W = head[0].weight.detach()
         return projhead.fraction_pruned(head, views[0]), W.norm(dim=0), W.norm().item() / start
-    pruned, columns, _ = fitted("l21")
-    assert 0.5 <= pruned <= 0.7 and (columns[:3] > 1e-3 * columns.max()).all()          # of the seven, no signal
-    pruned, _, shrunk = fitted("l21-plain")
+    for norm, bn in (("l21", False), ("l21", True), ("l21-plain", True)):       # with unit rows both are free of scale
+        pruned, columns, _ = fitted(norm, bn)
+        assert 0.5 <= pruned <= 0.7 and (columns[:3] > 1e-3 * columns.max()).all()          # of the seven, no signal
+    pruned, _, shrunk = fitted("l21-plain", False)
     assert pruned == 0 and shrunk < 0.7
 
 
 # ---------------------------------------------------------------------------- measures
 
-def test_rank_spread_alignment_uniformity():
-    for M in (2, 5, 50, 1100):                          # uniformity goes by 1024 rows
-        a, b = randn(M, 6) + 0.5, randn(M, 6, seed=1)
-        u, v, s = F.normalize(a), F.normalize(b), torch.linalg.svdvals(a)
+def test_rank_spread_and_features_holding():
+    for M in (2, 5, 50):
+        a = randn(M, 6) + 0.5
+        s = torch.linalg.svdvals(a)
         assert projhead.effective_rank(a) == pytest.approx(torch.special.entr(s / s.sum()).sum().exp().item())
-        assert projhead.spread(a) == pytest.approx(u.std(dim=0, correction=0).norm().item())
-        assert projhead.alignment(a, b) == pytest.approx((u - v).norm(dim=1).square().mean().item())
-        assert projhead.uniformity(a) == pytest.approx((-2 * torch.pdist(u).square()).exp().mean().log().item())
+        assert projhead.spread(a) == pytest.approx(F.normalize(a).std(dim=0, correction=0).norm().item())
     for same in (torch.zeros(9, 4), torch.ones(9, 4)):
-        assert projhead.uniformity(same) == projhead.spread(same) == 0 and math.isnan(projhead.uniformity(same[:1]))
-        assert projhead.effective_rank(same) == pytest.approx(1, abs=1e-4)
-
-
-def test_seen_and_features_holding():
-    h, W = randn(200, 6) @ randn(6, 6, seed=1) + 5, randn(8, 6, seed=2)
-    x, (_, s, V) = (h - h.mean(0)) / h.std(0), torch.linalg.svd(W * h.std(0))
-    held = s.square().cumsum(0) / s.square().sum()
-    for fraction, k in ((0.5, 2), (0.9, 3), (0.99, 5)):
-        assert held[k - 2] < fraction <= held[k - 1]    # so k directions hold it
-        expected = (x @ V[:k].T).square().sum() / x.square().sum()
-        assert projhead.seen(h, W, fraction) == pytest.approx(expected.item())
-    assert projhead.seen(h, W) == projhead.seen(h, W, 0.99) and math.isnan(projhead.seen(torch.ones(4, 6), W))
+        assert projhead.spread(same) == 0 and projhead.effective_rank(same) == pytest.approx(1, abs=1e-4)
     energy = torch.tensor([3.0, 4, 0, 1, 2])
     assert [projhead.features_holding(energy, held) for held in (0.1, 0.4, 0.41, 0.7, 0.71, 1.0)] == [1, 1, 2, 2, 3, 4]
     assert projhead.features_holding(torch.zeros(5)) == 0 and projhead.features_holding(torch.ones(200)) == 198
 
 
-def test_variance_fractions_are_their_definition():
-    a, labels = randn(30, 5), torch.arange(30) ** 2 % 7                         # four classes, not equally large
-    b = a + 0.5 * randn(30, 5, seed=1)
-    variance = lambda rows: rows.var(dim=0, correction=0).sum().item()
-    means = torch.stack([(a + b)[labels == label].mean(0) / 2 for label in labels])     # of each image's class
-    total = variance(torch.cat([a, b]))
-    image, between = (a - b).square().sum().item() / 60 / total, variance(means) / total
-    fractions = projhead.variance_fractions(a.float(), b.float(), labels)
-    assert fractions == pytest.approx((image, 1 - image - between, between), abs=1e-6)
-    assert all(map(math.isnan, projhead.variance_fractions(torch.ones(4, 2), torch.ones(4, 2), torch.arange(4))))
-
-
-def test_measures_are_functions_of_the_network():
-    """Feature i of h times s, by the last BatchNorm, and column i of W1 over s: z is as it was, and so are they."""
-    _, model, *_ = networks("--head sparse --hidden 16")
+@pytest.mark.parametrize("head_bn", ["none", "hidden"])
+def test_measures_are_functions_of_the_network(head_bn):
+    """Feature i of h times s, by the last BatchNorm, and column i of W1 over s; where a BatchNorm follows, also rows of
+    W1 times t: z is as it was, and so is what is pruned."""
+    _, model, *_ = networks(f"--head sparse --hidden 16 --head-bn {head_bn}")
     bn, W = [m for m in model.f.modules() if isinstance(m, nn.BatchNorm2d)][-1], model.g[0].weight.data
-    W[:, :32] *= 1e-4                                   # some are pruned
-    x, scale = randn(40, 3, 16, 16), 10 ** randn(128, seed=1)
+    W[:, :32] *= 1e-4                                   # these are pruned
+    W[1:, 32:64] = 0                                    # these count in the first row alone
+    x, scale, rows = randn(40, 3, 16, 16), 10 ** randn(128, seed=1), 10 ** randn(16, 1, seed=2)
+    rows[0] = scale[63] = 1e-5
+    if head_bn == "hidden":
+        model.g[1].eps = 1e-30                          # which rows that are so small would feel
     def measured():
         h = model.f(x).detach()
-        return model.g(h), projhead.fraction_pruned(model.g, h), projhead.seen(h, W)
-    z, *before = measured()
-    for values, by in ((bn.weight.data, scale), (bn.bias.data, scale), (W, 1 / scale)):
-        values *= by
-    again, *after = measured()
-    assert torch.allclose(z, again, atol=1e-9) and after == pytest.approx(before)
-    assert before[0] == 0.25 and 0.1 < before[1] < 0.99
+        return model.g(h), projhead.fraction_pruned(model.g, h)
+    z, before = measured()
+    for values, by in ((bn.weight, scale), (bn.bias, scale), (W, 1 / scale), (W, rows if head_bn == "hidden" else 1)):
+        values.data *= by
+    again, after = measured()
+    assert torch.allclose(z, again, atol=1e-9) and before == after == 0.25
 
 
 # ---------------------------------------------------------------------------- augmentation
@@ -785,7 +779,9 @@ COMBINATIONS = [
     "--head mlp --loss barlow --depth 1 --inner-steps 1", "--predictor offdiag --precision bfloat16 --head slice",
     "--predictor offdiag --loss infonce --head parametric --depth 3 --inner-start reset",
     "--predictor linear --loss cosine --head sparse --depth 3 --inner-steps 1 --inner-batch other",
-    "--predictor mlp --loss bn --head none", "--head parametric --inner-gradient unrolled"]
+    "--predictor mlp --loss bn --head none", "--head parametric --inner-gradient unrolled", "--head mlp --head-bn none",
+    "--head sparse --depth 3 --head-bn both", "--head linear --head-bn end --sparsity 1 --inner-steps 1",
+    "--predictor mlp --target ema --head-bn none"]
 
 
 @pytest.mark.parametrize("flags", COMBINATIONS)
@@ -814,7 +810,7 @@ def before_each_step(monkeypatch, action, learning_rate=train.learning_rate):
 
 @pytest.mark.parametrize("flags, number, at", [
     ("--head sparse --predictor offdiag", signal.SIGINT, 0), ("--predictor mlp --target ema", signal.SIGTERM, 4),
-    ("--head discrete --predictor directpred", signal.SIGINT, 7),
+    ("--predictor linear --inner-steps 1 --inner-gradient unrolled", signal.SIGINT, 7),
     ("--head parametric --inner-batch other --inner-start reset", signal.SIGTERM, 8)])
 def test_a_signal_saves_and_the_printed_command_continues(flags, number, at, monkeypatch, capsys):
     flags, handlers = f"--limit 40 {flags}", [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
@@ -947,8 +943,9 @@ def test_two_processes_train_what_one_does(monkeypatch):
     build, augment = train.build, train.augment
     monkeypatch.setattr(train, "build", lambda *args: doubled(build(*args)))
     monkeypatch.setattr(train, "augment", lambda *args: augment(*args).double())
-    flags = ["--inner-batch other --inner-start reset", "--head mlp --loss barlow", "--predictor mlp --target ema",
-             "--head sparse --predictor offdiag", "--predictor directpred --loss infonce"]
+    flags = ["--inner-batch other --inner-start reset", "--head mlp --loss barlow --head-bn end",
+             "--predictor mlp --target ema", "--head sparse --predictor offdiag",
+             "--predictor linear --loss infonce --head-bn none --sparsity 0.1"]
     def everything(name):
         for number, each in enumerate(flags):
             run(f"--limit 24 --epochs 1 --lr 0.3 --warmup 0 {each}", f"{name}{number}")
@@ -957,8 +954,7 @@ def test_two_processes_train_what_one_does(monkeypatch):
     everything("one")
     for number, each in enumerate(flags):
         one, two = f"one{number}", f"two{number}"
-        tolerance = 1e-5 if "directpred" in each else 1e-9          # its eigenpairs are float32
-        torch.testing.assert_close(tensors(saved(one)), tensors(saved(two)), rtol=0, atol=tolerance)
+        torch.testing.assert_close(tensors(saved(one)), tensors(saved(two)), rtol=0, atol=1e-9)
         (_, one), (first, two) = log_of(one), log_of(two)
         two.update({key: one[key] for key in ("seconds", "views_per_s")})
         assert first["processes"] == 2 and one == pytest.approx(two, abs=2e-6), each
@@ -1048,9 +1044,9 @@ class NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize("flags, place", [              # place: of the images, which may stay on the CPU
-    ("--head discrete --predictor linear --loss infonce", "cpu"), ("--head sparse --predictor offdiag", "meta"),
+    ("--predictor linear --loss infonce", "cpu"), ("--head sparse --predictor offdiag", "meta"),
     ("--dataset stl10 --predictor mlp --target ema", "meta"), ("--inner-batch other --inner-start reset", "cpu"),
-    ("--head topk --loss barlow", "meta"), ("--inner-gradient unrolled", "meta")])      # directpred's eigh does wait
+    ("--head reweight --loss barlow", "meta"), ("--inner-gradient unrolled --head-bn none", "meta")])
 def test_nothing_in_a_step_waits_for_the_device(flags, place, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())       # which knows no "meta"
     args, meta = parsed(flags), torch.device("meta")
@@ -1107,11 +1103,14 @@ def test_the_log_says_what_was_run(steps):
     (first, _, line), (*_, other) = log_of("sparse"), log_of("linear")
     (_, _, loss1, inner1), (_, h, loss2, inner2) = steps[2:4]           # those of the second epoch
     A, moved = sparse["predictor"]["A"], linear["predictor"]["weight"] - untrained(linear).q.weight.detach()
+    g = evaluation.load_run("sparse").head              # in eval mode, and measuring moved nothing in it:
+    assert sparse["head"]["1.num_batches_tracked"] == 8                         # a pass for each step of theta or phi
     for written, expected in (
             (line["loss"], (loss1 + loss2) / 2), (line["inner_loss"], (inner1 + inner2) / 2),
-            (line["rank_h"], projhead.effective_rank(h)), (line["spread_h"], projhead.spread(h)),
+            (line["rank_h"], projhead.effective_rank(h)), (line["rank_z"], projhead.effective_rank(g(h))),
+            (line["spread_h"], projhead.spread(h)), (line["spread_z"], projhead.spread(g(h))),
             (line["offdiag"], (A - A.diag().diag()).norm()), (other["moved"], moved.norm()),
-            (line["penalty"], naive_penalty(sparse["head"]["0.weight"], "l21"))):
+            (line["penalty"], naive_penalty(sparse["head"]["0.weight"], "l21", unit_rows=True))):
         assert 0 != written == pytest.approx(float(expected), abs=1e-4)
     assert first.keys() == set("command args torch torchvision python device processes threads images".split())
     for key in {*first, *line, *other, "memory"}:
@@ -1164,10 +1163,12 @@ def test_evaluation_moves_nothing(quick):
     large = F.interpolate(images.float(), (50, 50)).to(torch.uint8)
     x = train.normalize(TF.resize(large.float() / 255, [32, 32], antialias=True))
     assert torch.allclose(evaluation.features("run", large)["h"], frozen.encoder(x), atol=1e-4)
-    frozen.encoder[2].training, frozen.encoder[2].train = True, lambda mode: None       # a BatchNorm that drifts
-    with pytest.raises(RuntimeError):
-        evaluation.features(frozen, images)
-    frozen.head[0].bias.fill_(math.nan)
+    for bn in (frozen.encoder[2], frozen.head[1]):      # a BatchNorm that drifts
+        bn.training, bn.train = True, lambda mode: None
+        with pytest.raises(RuntimeError):
+            evaluation.features(frozen, images)
+        bn.training = False
+    frozen.head[0].weight.fill_(math.nan)
     with pytest.raises(train.UserError):
         evaluation.features(frozen, images)
 
@@ -1254,14 +1255,13 @@ def test_the_table_measures_what_its_columns_say(quick):
     checkpoint = run("--head mlp --predictor mlp --hidden 16 --dim 8")
     frozen, first = evaluation.load_run("run"), untrained(checkpoint).f.eval()
     (images, labels), (test_images, test_labels) = [x[:16] for x in SETS[10_000]], SETS[4_000]
-    g = train.generator(0, 0, 1)
     x = [train.normalize(part.float() / 255) for part in (images, test_images)]
-    x += [train.augment(test_images, g, 0.5, 0.5, 0.1) for _ in range(2)]         # of both encoders
     with torch.no_grad():
-        a, b, one, two = (evaluation.taps(frozen, each) | {"h untrained": first(each)} for each in x)
+        a, b = (evaluation.taps(frozen, each) | {"h untrained": first(each)} for each in x)
+        y = frozen.head[0][1](frozen.head[0][0](b["h"]))
     rows = evaluation.table(frozen, ks=(3, 5))
-    assert [row["tap"] + row["layer"] for row in rows] == [
-        "h", "g[0]Linear", "g[1]ReLU", "g[2]Linear", "z", "p", "h untrained"]
+    inside = ["g[0] Linear", "g[1] BatchNorm1d", "g[2] ReLU", "g[3] Linear"]
+    assert [row["tap"] for row in rows] == ["h", *inside, "z", "p", "h untrained"] and torch.equal(b[inside[1]], y)
     close = functools.partial(pytest.approx, rel=1e-4, abs=1e-5)
     for row in rows:
         tap = row["tap"]
@@ -1269,16 +1269,10 @@ def test_the_table_measures_what_its_columns_say(quick):
             four = a[tap], labels[:, i], b[tap], test_labels[:, i]
             assert (row["linear" + label], row["l2" + label], row["held_out" + label]) == close(evaluation.probe(*four))
             assert [row[f"knn{k}{label}"] for k in (3, 5)] == evaluation.knn(*four, k=[3, 5])
-            fractions = row["within image"], row["within class" + label], row["between classes" + label]
-            assert fractions == close(projhead.variance_fractions(one[tap], two[tap], test_labels[:, i]))
         assert row["dim"] == b[tap].shape[1] and row["rank"] == close(projhead.effective_rank(b[tap]))
-        assert row["centred rank"] == close(projhead.effective_rank(b[tap] - b[tap].mean(0)))
-        assert row["alignment"] == close(projhead.alignment(one[tap], two[tap]))
-        assert row["uniformity"] == close(projhead.uniformity(b[tap]))
-        assert ("seen" in row) == ("carrying" in row) == (tap == "h")
-    assert rows[0]["seen"] == close(100 * projhead.seen(b["h"], projhead.first_weight(frozen.head)))
+        assert ("carrying" in row) == (tap == "h")
     assert rows[0]["carrying"] == evaluation.carrying(frozen, images)
-    assert evaluation.table(frozen, ks=(3, 5), inside=False) == [rows[0], rows[4], rows[6]]        # h and z alone
+    assert evaluation.table(frozen, ks=(3, 5), inside=False) == [rows[0], rows[5], rows[7]]        # h and z alone
 
 
 def test_carrying_counts_the_features_with_a_gradient():
@@ -1300,7 +1294,6 @@ def test_transformations_are_torchvisions_image_by_image(S):
     x, half, k = torch.rand(16, 3, S, S), S // 2, torch.arange(16) % 4
     corners = [(0, 0), (0, S - half), (S - half, 0), (S - half, S - half)]
     naive = {"rotation": lambda image, k: TF.rotate(image, 90.0 * k),
-             "flip": lambda image, k: TF.horizontal_flip(image) if k else image,
              "gray": lambda image, k: TF.rgb_to_grayscale(image, 3) if k else image,
              "quadrant": lambda image, k: TF.resized_crop(image, *corners[k], half, half, [S, S], antialias=True)}
     for name, (transform, classes) in evaluation.TRANSFORMS.items():
@@ -1324,8 +1317,8 @@ def test_transform_probes_read_what_can_be_read_and_nothing_else(data, monkeypat
     some = argparse.Namespace(args=parsed("--dataset folder --image-size 16"), encoder=f, untrained=f, path="run",
                               head=nn.Sequential(nn.Identity(), nn.Tanh(), nn.Tanh()), predictor=None, images=[0, 0])
     rows = {row["tap"]: row for row in evaluation.transform_table(some)}
-    assert list(rows) == ["h", "g[1]", "z", "h untrained", "chance"] and rows["g[1]"]["layer"] == "Tanh"
-    for name, chance in {"rotation": 25, "flip": 50, "gray": 50, "quadrant": 25}.items():
+    assert list(rows) == ["h", "g[1] Tanh", "z", "h untrained", "chance"]
+    for name, chance in {"rotation": 25, "gray": 50, "quadrant": 25}.items():
         assert rows["chance"][name] == chance and rows["h"][name] == rows["h untrained"][name]
         assert rows["h"][name] > 99 if data == "corners" else name == "gray" or abs(rows["h"][name] - chance) < 8
 
@@ -1353,18 +1346,21 @@ def cells(out):
 def test_the_tables_of_the_command_line(quick, evaluated, capsys):
     run("--head linear --predictor offdiag", "runs/new"), run("--head none --limit 8", "runs/old")
     os.utime("runs/old/checkpoint.pt", (0, 0))
-    one_line_error(lambda: evaluated("--columns rank l2"), capsys, "no column l2;", "centred rank")
+    one_line_error(lambda: evaluated("--columns rank l2"), capsys, "no column l2;", "knn200 hue")
     assert Path("runs/new/eval.json").exists()          # what was measured is kept
     newest = evaluated()
     assert newest == evaluated("runs/new/checkpoint.pt") and newest.startswith("runs/new, step 4 of 4;")
     new, old = map(json.loads, evaluated("runs/new runs/old --json").splitlines())
-    assert (new["run"], old["run"]) == ("runs/new", "runs/old") and new["args"] == saved("runs/new")["args"]
-    usual = [key for key in new["rows"][0] if key.split()[0] in ("linear", "knn20", "rank", "within", "between")]
-    for words, keys in (("", usual), ("--columns seen 'knn200 hue' rank --taps", ["knn200 hue", "rank", "seen"])):
-        rows = [row for row in new["rows"] if row["tap"] != "p" or words]
+    kept = saved("runs/new")
+    assert old["run"] == "old" and old["steps"] == 2 and new["log"] == log_of("runs/new")
+    assert [new[key] for key in ("run", "args", "step", "images")] == ["new", kept["args"], 4, kept["images"]]
+    usual = [key for key in new["labels"][0] if key.split()[0] in ("linear", "knn20", "rank")]
+    some = ["knn200 hue", "rank", "carrying"]
+    for words, keys in (("", usual), ("--columns carrying 'knn200 hue' rank --taps", some)):
+        rows = [row for row in new["labels"] if row["tap"] != "p" or words]
         lines, keys = cells(evaluated(words)), ["tap", "dim", *keys]
         assert lines == [{key: evaluation.cell(key, [row[key]] if key in row else []) for key in keys} for row in rows]
-    assert list(cells(evaluated("--probe transform"))[3].values()) == ["chance", "0", "25.0", "50.0", "50.0", "25.0"]
+    assert list(cells(evaluated("--probe transform"))[3].values()) == ["chance", "0", "25.0", "50.0", "25.0"]
     several = evaluated("runs/new runs/old")
     shared, lines = several.splitlines()[0].split(" --"), cells(several)
     assert shared == ["all:", "batch-size 8", "encoder convnet128", "epochs 2", "precision float32"]
@@ -1386,8 +1382,8 @@ def test_many_runs_are_one_table_and_differences_are_paired_by_seed(monkeypatch,
                                images=[9, 9]) for flags, seeds in h.items() for seed, value in seeds.items()]
     def measured(run, question):
         values = {"h": run.value, "z": 2 * run.value, "h untrained": 5.0 + run.args.seed}
-        columns = ("linear hue", "held_out hue", "knn20 hue", "knn200 hue", "alignment")
-        return [{"tap": tap, "layer": "", "dim": 4} | dict.fromkeys(columns, value) for tap, value in values.items()
+        columns = ("linear hue", "held_out hue", "knn20 hue", "knn200 hue")
+        return [{"tap": tap, "dim": 4} | dict.fromkeys(columns, value) for tap, value in values.items()
                 if tap != "z" or run.args.head != "none"]
     monkeypatch.setattr(evaluation, "measured", measured)
     def table(columns=None, taps=False, against=None):
@@ -1401,7 +1397,6 @@ def test_many_runs_are_one_table_and_differences_are_paired_by_seed(monkeypatch,
         "linear hue z": ["", "140.0±42.3", "90.0±62.4", "", "73.0±100.4", "30.0±14.1"],
         "held_out hue h": plain["linear hue h"], "knn200 hue h": plain["linear hue h"]}
     assert table(["knn20"])["knn20 hue z"] == plain["linear hue z"]
-    assert table(["alignment"])["alignment h"][2] == "45.00±31.21"
     difference = table(against="--head mlp")
     assert difference["n"] == list("443210")
     assert difference["linear hue h"] == ["-62.5±28.8", "70.0±21.2", "-0.3±2.9", "-4.5±69.9", "+1.0", ""]
@@ -1411,7 +1406,8 @@ def test_many_runs_are_one_table_and_differences_are_paired_by_seed(monkeypatch,
     runs.append(runs[0])
     one_line_error(table, capsys, "the seed of another run")
     assert evaluation.cell("linear", [*range(12)], True) == "+5.5±2.4"      # 2.26 * 3.6 / 12 ** 0.5
-    assert evaluation.cell("seen", [math.nan, math.nan]) == "nan±nan"
+    assert evaluation.cell("rank", [math.nan, math.nan]) == "nan±nan"
+    assert evaluation.cell("pruned", [0.5, 0.25]) == "0.38±0.18"
 
 
 def test_what_was_measured_is_kept_beside_the_checkpoint(evaluated, monkeypatch, capsys):
@@ -1420,8 +1416,8 @@ def test_what_was_measured_is_kept_beside_the_checkpoint(evaluated, monkeypatch,
     def table(run, ks, dataset, data, inside):
         calls.append((dataset, data))
         weight = 100 * run.encoder[0].weight.sigmoid().mean().item()
-        row = {"tap": "h", "layer": "", "dim": 3, f"knn{ks[0]}": weight, "rank": math.nan}
-        return [row, *[row | {"tap": "g[0]"}] * inside, row | {"tap": "z"}]
+        row = {"tap": "h", "dim": 3, f"knn{ks[0]}": weight, "rank": math.nan}
+        return [row, *[row | {"tap": "g[0] Linear"}] * inside, row | {"tap": "z"}]
     monkeypatch.setattr(evaluation, "table", table)
     first, few = evaluated("run --taps"), evaluated("run")              # what has all taps has h and z too
     assert evaluated("run --taps") == first and "g[0]" in first and "g[0]" not in few and len(calls) == 1
@@ -1439,7 +1435,7 @@ def test_what_was_measured_is_kept_beside_the_checkpoint(evaluated, monkeypatch,
     for each in junk:
         Path("run/eval.json").write_bytes(each.encode(errors="surrogateescape"))
         assert evaluated("run") == changed == evaluated("run")
-    row = json.loads(evaluated("run --json"), parse_constant=lambda word: pytest.fail(word))["rows"][0]
+    row = json.loads(evaluated("run --json"), parse_constant=lambda word: pytest.fail(word))["labels"][0]
     assert row["rank"] is None and len(calls) == len(junk) + 1
     for dataset in ("cifar10", "cifar10", "folder", "folder"):          # a folder's images may have changed: anew
         evaluated(f"run --dataset {dataset} --data there")
@@ -1452,7 +1448,7 @@ def test_what_was_measured_is_kept_beside_the_checkpoint(evaluated, monkeypatch,
 def test_transfer_to_a_folder_of_pictures(evaluated, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "L2", (0.1,))
     run("--head linear --dim 8"), pictures("pictures", 60, size=(50, 40))
-    rows = json.loads(evaluated("run --dataset folder --data pictures --json"))["rows"]
+    rows = json.loads(evaluated("run --dataset folder --data pictures --json"))["labels"]
     assert [row["tap"] for row in rows] == ["h", "z", "h untrained"] and rows[0]["linear"] == 100       # red and blue
     (images, labels, classes), (tests, *_) = evaluation.load_data(evaluation.load_run("run"), "folder", "pictures")
     assert images.shape[1:] == (3, 32, 32) and labels.shape == (len(images), 1) and classes == ["a", "b"]
@@ -1544,8 +1540,10 @@ def test_test_images_without_a_label_are_counted(classes, unknown, quick, evalua
     code, error = evaluates(monkeypatch, capsys, "run")
     assert code == 0 and error.startswith(f"{unknown} of 9 test images have no label")
     assert ("no accuracies" in error) == (unknown == 9)
-    rows = json.loads(evaluated("run --json --k 1"))["rows"]           # four blue images are left, all of class 1
+    rows = json.loads(evaluated("run --json --k 1"))["labels"]         # four blue images are left, all of class 1
     assert {(row.get("held_out"), row.get("knn1")) for row in rows} == {(404, 100) if unknown == 5 else (None, None)}
+
+
 # ---------------------------------------------------------------------------- data, files and flags
 
 SMALL = "--dataset folder --head mlp --encoder convnet128 --data "
@@ -1658,11 +1656,11 @@ BAD = """
 --dataset mnist      | --limit 99999999    | --device cuda:99        | --device meta         | --data x
 --loss cosine        | --loss bn           | --loss barlow --tau 0.5 | --target ema          | --image-size 64
 --head none --dim 64 | --head slice --dim 999     | --head linear --hidden 64      | --head mlp --depth 1 --hidden 64
---head topk --depth 3          | --head mlp --sparsity-norm l1   | --head none --sparsity 1  | --head sparse --head-lr 0
---head none --inner-steps 1    | --head parametric --head-lr 0   | --head none --head-lr 1
+--head linear --depth 3        | --head mlp --sparsity-norm l1   | --head none --sparsity 1  | --head sparse --head-lr 0
+--head none --inner-steps 1    | --head parametric --head-lr 0   | --head none --head-lr 1  | --head none --head-bn both
 --head mlp --inner-batch other | --head mlp --inner-start reset  | --head mlp --inner-gradient unrolled
 --predictor mlp --ema 0.9      | --predictor mlp --tau 0.5       | --inner-gradient unrolled --inner-batch other
---predictor directpred --predictor-lr 2        | --predictor identity --predictor-schedule constant
+--predictor identity --predictor-lr 2          | --predictor identity --predictor-schedule constant
 --dataset folder --data nowhere                | --dataset folder --data occupied
 --dataset cifar10 --data nowhere/at/all        | --dataset cifar10 --data corrupt
 --out occupied/thesis.tex  | --out occupied/thesis.tex/below  | --out /proc/nothing/here
@@ -1912,8 +1910,8 @@ def test_the_readmes_code_runs_as_it_stands():
 
 
 def test_names_that_others_rely_on():
-    for names, expected in ((HEADS, "none linear mlp parametric sparse slice reweight topk discrete"),
-                            (PREDICTORS, "identity offdiag linear mlp directpred"), (NORMS, "l21 l1"),
+    for names, expected in ((HEADS, "none linear mlp parametric sparse slice reweight"),
+                            (PREDICTORS, "identity offdiag linear mlp"), (NORMS, "l21 l1"),
                             (LOSSES, "infonce barlow cosine bn"), (ENCODERS, "convnet convnet128 resnet18 resnet50")):
         assert names.keys() >= set(expected.split())
     public = [value for name, value in vars(projhead).items() if getattr(value, "__module__", "") == "projhead"]
