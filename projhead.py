@@ -207,10 +207,11 @@ def sparsity(head: nn.Module, norm: str = "l21") -> Tensor:
 
     "l21" is sum_i ||W_:,i|| / ||W||_F over input features i: 1 to sqrt(in), NaN where W is 0. Without the division
     ("l21-plain", the group lasso) shrinking all of W lowers R, and costs nothing where a normalization follows. Where a
-    BatchNorm follows, the scale of each row of W is free, and R is that of W with unit rows. R is no function of the
-    network all the same: h_i times s and W_:,i over s leave z as it is; the encoder's last BatchNorm can do that.
-    ValueError for another norm, a head without linear layer, and "l21-out" before a BatchNorm, where it is constant.
-    Needs NORMS, first_weight.
+    BatchNorm follows, the scale of each row of W is free (but for its eps), and R is that of W with unit rows: then the
+    plain norms are the others times sqrt(out). R is no function of the network all the same: h_i times s and W_:,i over
+    s leave z as it is, which the encoder's last BatchNorm can do; so does, behind a ReLU without BatchNorm, a row times
+    s and W2's column over s. ValueError for another norm, a head without linear layer, and "l21-out" before a
+    BatchNorm, where it is constant. Needs NORMS, first_weight.
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
@@ -234,7 +235,7 @@ def fraction_pruned(head: nn.Module, h: Tensor) -> float:
     """The fraction, 0 to 1, of input features whose ||W_:,i|| sd(h_i) is below 1e-3 of the largest: W is the head's
     first layer, sd over the rows of h (M, D). ValueError where there is none. Needs first_weight. [reading]"""
     W, free_rows = first_weight(head)
-    W = W.detach() * h.std(dim=0)                   # the same where a scale moves from h_i to W_:,i, as the network is
+    W = W.detach() * h.std(dim=0)                   # the same where a scale moves from h_i to W_:,i, as z is
     columns = (F.normalize(W, dim=1) if free_rows else W).norm(dim=0)   # and, before a BatchNorm, where a row is scaled
     return (columns < 1e-3 * columns.max()).float().mean().item()
 

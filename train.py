@@ -184,8 +184,8 @@ def parser() -> Parser:
     add("--hidden", type=width, help="Width of the hidden layers of the head. Default: twice that of h.")
     add("--dim", type=width, help="Width of z. Default: 128; with --head slice 360/2048 of h.")
     add("--head-bn", choices=["none", "hidden", "end", "both"], help="BatchNorm behind each hidden layer, at the end "
-        "(without affine), or both. Default: hidden if there is such a layer, else none; with a prediction head also at the "
-        "end, unless --loss bn.")
+        "(without affine), or both. Default: hidden if there is such a layer, else none; with a prediction head the end "
+        "too, unless --loss bn.")
     add("--head-lr", type=factor, help="Learning rate of the head over the encoder's; 0 leaves it random. Default: 1.")
     add = p.add_argument_group("Gupta et al.: the head as a component of the objective").add_argument
     add("--inner-steps", type=number(int, 0), metavar="K", help="Steps on the heads alone before each step on the "
