@@ -118,6 +118,8 @@ def train(args) -> None:
     per_epoch = len(images) // N                        # the last short batch is left out, another one each epoch
     if N % world_size():
         raise UserError(f"--batch-size {N} does not divide evenly over {world_size()} processes")
+    if world_size() > 1 and args.inner_gradient == "unrolled":
+        raise UserError("--inner-gradient: unrolled runs in one process only")
     model = build(args, device)
     theta, phi = optimizers(model, args)
     run = start_run(args, images, model, theta, phi, per_epoch, device)
@@ -184,8 +186,8 @@ def parser() -> Parser:
     add("--hidden", type=width, help="Width of the hidden layers of the head. Default: twice that of h.")
     add("--dim", type=width, help="Width of z. Default: 128; with --head slice 360/2048 of h.")
     add("--head-bn", choices=["none", "hidden", "end", "both"], help="BatchNorm behind each hidden layer, at the end "
-        "(without affine), or both. Default: hidden if there is such a layer, else none; with a prediction head the end "
-        "too, unless --loss bn.")
+        "(without affine), or both. Default: hidden if there is such a layer, else none; with a prediction head also at "
+        "the end, unless --loss bn.")
     add("--head-lr", type=factor, help="Learning rate of the head over the encoder's; 0 leaves it random. Default: 1.")
     add = p.add_argument_group("Gupta et al.: the head as a component of the objective").add_argument
     add("--inner-steps", type=number(int, 0), metavar="K", help="Steps on the heads alone before each step on the "
@@ -240,7 +242,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     """The arguments, each with its default, in the order in which they depend on each other. UserError for a clash.
 
     Learning rate, momentum, decay, batch, temperature and augmentation are simclr-cifar10's for 100 epochs [code], but
-    for shapes; where the head has its BatchNorm is lightly's and SimSiam's [code]; the rest is ours [reading].
+    for shapes; the rest is ours [reading].
     """
     typed = {flag: value for flag, value in vars(parser().parse_args(argv)).items() if value is not None}
     args = argparse.Namespace()
@@ -282,7 +284,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     default("inner_gradient", "envelope", args.inner_steps, "needs --inner-steps K")
     unrolled = args.inner_gradient == "unrolled"
     refuse(unrolled and args.inner_batch == "other", "--inner-batch: no gradient passes through the other batch")
-    refuse(unrolled and int(os.environ.get("WORLD_SIZE", 1)) > 1, "--inner-gradient: unrolled runs in one process only")
 
     default("sparsity", 0.1 if args.head == "sparse" else 0.0)
     refuse(args.sparsity and not args.head_lr, f"--sparsity: --head {args.head} has no weights that train")
@@ -835,8 +836,8 @@ def read_checkpoint(file: Path) -> dict:
     content = file.read_bytes()
     with checkpoint_errors(file):
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        return {"args": dict(checkpoint["args"]), "images": list(checkpoint["images"]), "crc": zlib.crc32(content),
-                **{name: value for name, value in checkpoint.items() if name not in ("args", "images")}}
+        checkpoint["args"].items(), checkpoint["images"][1], int(checkpoint["step"])        # ours has these
+        return checkpoint | {"crc": zlib.crc32(content)}
 
 
 @contextlib.contextmanager
@@ -969,15 +970,16 @@ def end_epoch(run, step: int, lr: float, h: Tensor, model: Model) -> None:
 
 
 def command() -> str:
-    start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if world_size() > 1 else ["python"]
-    return shlex.join(start + sys.argv)
+    each = os.environ.get("LOCAL_WORLD_SIZE", "N")
+    return shlex.join((["torchrun", "--nproc-per-node", each] if world_size() > 1 else ["python"]) + sys.argv)
 
 
 # ---------------------------------------------------------------------------- several processes, signals, the terminal
 
 def join(args) -> torch.device:
     """This process's device; under torchrun it joins the others, by nccl on GPUs and gloo on CPUs. Raises UserError."""
-    several = "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1          # torchrun sets these
+    torchrun = {"MASTER_ADDR", "RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()         # sets all of these
+    several = torchrun and int(os.environ["WORLD_SIZE"]) > 1
     gpu = f"cuda:{os.environ['LOCAL_RANK']}" if several and args.device == "cuda" else args.device
     device = usable(gpu)
     if several and not dist.is_initialized():
