@@ -5,6 +5,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -15,10 +16,13 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import sys
 import textwrap
+import threading
 import time
 import traceback
+import warnings
 import zlib
 from pathlib import Path
 
@@ -50,7 +54,7 @@ def small_world(tmp_path, monkeypatch):
     torch.set_num_threads(1)        # tiny tensors; a forked child has no more, and the bits depend on it
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(train, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(train, "draw_shapes", lambda M, seed: SETS[M])
     monkeypatch.setattr(train, "native_precision", lambda device: "float32")
 
@@ -77,10 +81,14 @@ def run(flags="", out="run"):
 
 
 def stopped(flags="", at=2, out="run"):
-    """As `run`, but a signal comes in that step."""
-    count = itertools.count(1)
+    """As `run`, but a signal comes in that step; also in each of several processes."""
+    caught, count, train_step = [], itertools.count(1), train.train_step
+    def watched(*args):
+        caught.extend([signal.SIGTERM] * (next(count) == at))
+        return train_step(*args)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "first_signal", lambda caught: signal.SIGTERM * (next(count) == at))
+        patch.setattr(train, "first_signal", lambda: contextlib.nullcontext(caught))
+        patch.setattr(train, "train_step", watched)
         run(flags, out)
     return saved(out)
 
@@ -120,7 +128,7 @@ def same_run(a, b, *but):
 
 def doubled(model):
     """The model in float64, where rounding hides nothing."""
-    return train.Model(*(m if m is None else m.double() for m in model[:4]), [p.double() for p in model.start])
+    return train.Model(*(m if m is None else m.double() for m in model))
 
 
 def parameters(optimizer):
@@ -134,7 +142,7 @@ def networks(flags):
     return args, model, *train.optimizers(model, args)
 
 
-def ends(action, capsys, besides=("folder ", "decoding ", "left out ", "measuring ")):
+def ends(action, capsys, besides=("folder ", "decoding ", "left out ", "measuring ", "warning: ")):
     """(exit code, stderr) of a script's main function, which ends without a traceback or more than one line of errors.
     Lines of stderr that begin with one of `besides` are left out."""
     capsys.readouterr()
@@ -149,7 +157,7 @@ def ends(action, capsys, besides=("folder ", "decoding ", "left out ", "measurin
     return code, error
 
 
-def one_line_error(action, capsys, *words, besides=("measuring ",)):
+def one_line_error(action, capsys, *words, besides=("measuring ", "warning: ")):
     """The line with these words that a script ends with, exit code 2; nothing else is on stderr, but for `besides`."""
     code, error = ends(action, capsys, besides)
     assert code == 2 and all(word in error for word in words), (code, error)
@@ -158,6 +166,9 @@ def one_line_error(action, capsys, *words, besides=("measuring ",)):
 
 def files():
     return {f: f.read_bytes() for f in Path(".").rglob("*") if f.is_file()}
+
+
+needs_fork = pytest.mark.skipif(sys.platform != "linux" or not hasattr(os, "fork"), reason="torch forks on Linux only")
 
 
 def forked(action, name="child", rank=0, ranks=1):
@@ -169,8 +180,8 @@ def forked(action, name="child", rank=0, ranks=1):
         signal.alarm(60)
         sys.stderr, sys.stdout = open(name, "w", buffering=1), open(os.devnull, "w")
         os.dup2(sys.stderr.fileno(), 2)
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
-        train.RANK, train.WORLD_SIZE, train.LOCAL_RANK, train.LOCAL_WORLD_SIZE = rank, ranks, rank, ranks
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):       # as torchrun does
+            os.environ[name] = str(rank if "RANK" in name else ranks)
         train.main(action)
         code = 0
     except SystemExit as stop:
@@ -188,13 +199,17 @@ def ended(pid):
 
 
 def two_processes(action, monkeypatch):
-    """Run it in two forked processes that form a gloo group; their exit codes and what they wrote to stderr."""
+    """Run it in two forked processes that form a gloo group: their exit codes and what they wrote to stderr, but for
+    the line that each begins with, and warnings."""
     with socket.socket() as s, monkeypatch.context() as patch:
         s.bind(("127.0.0.1", 0))
         patch.setenv("MASTER_ADDR", "127.0.0.1"), patch.setenv("MASTER_PORT", str(s.getsockname()[1]))
         s.close()
         codes = [ended(pid) for pid in [forked(action, f"rank{rank}.err", rank, 2) for rank in (0, 1)]]
-    return codes, [Path(f"rank{rank}.err").read_text() for rank in (0, 1)]
+        waits = f" waits for 2 processes at 127.0.0.1:{os.environ['MASTER_PORT']}\n"
+    errors = [Path(f"rank{rank}.err").read_text() for rank in (0, 1)]
+    assert all(error.startswith(f"process {rank}{waits}") for rank, error in enumerate(errors)), errors
+    return codes, [re.sub(r"(process|warning:) .*\n", "", error) for error in errors]
 
 
 def evaluates(monkeypatch, capsys, *words, **kwargs):
@@ -462,7 +477,7 @@ def test_two_steps_are_gradient_descent_written_out(flags):
         h_out, loss_out, inner_out = train.train_step(x, model, theta, phi, args, other)
         h, t, inner = f(x), target(x).detach() if target else None, None
         h0, t0 = (h, t) if other is None else (f(other), target(other).detach() if target else None)
-        first = start if args.inner_start == "reset" else heads.parameters()
+        first = (start if args.inner_start == "reset" else heads).parameters()
         w = [p.detach().clone().requires_grad_() for p in first]
         for _ in range(args.inner_steps):
             inner = L(h0, t0, w)
@@ -562,10 +577,10 @@ def test_what_inner_steps_do_to_the_encoders_gradient(head_bn):
     joint = parsed(f"--head mlp --tau 0.1 --head-bn {head_bn}")
     model, images = train.build(joint), draw_shapes(1024, seed=1)[0]
     theta, phi = train.optimizers(model, joint)
-    views = train.two_views(images, args, range(56), 32, 32, torch.device("cpu"))
+    views = (train.two_views(images, args, step, 32, 32, "cpu") for step in range(56))
     for x, _ in itertools.islice(views, 50):
         train.train_step(x, model, theta, phi, joint)
-    starts = {"warm": [p.detach().clone() for p in parameters(phi)], "reset": model.start}
+    starts = {"warm": [p.detach().clone() for p in parameters(phi)], "reset": list(model.first.parameters())}
     kinds = [(0, "same", "warm"), *itertools.product((2, 20), ("same", "other"), ("warm", "reset"))]
     rows = {kind: [] for kind in kinds}
     for x, other in views:
@@ -752,7 +767,7 @@ def test_two_views_are_of_the_same_images_and_a_function_of_seed_and_step(monkey
     images = SETS[10_000][0][:23]
     def views(start, stop, flags="--inner-batch other", images=images):
         args = parsed(f"--seed 3 --inner-steps 1 {flags}")
-        pairs = train.two_views(images, args, range(start, stop), 4, 5, torch.device("cpu"))
+        pairs = (train.two_views(images, args, step, 4, 5, torch.device("cpu")) for step in range(start, stop))
         return [x if other is None else torch.cat([x, other]) for x, other in pairs]
     whole = views(0, 9)                                 # two epochs of 4 steps, and one of the third
     assert all(torch.equal(a, b) for a, b in zip(views(6, 9), whole[6:]))       # as a run that starts there
@@ -828,6 +843,7 @@ def test_a_signal_saves_and_the_printed_command_continues(flags, number, at, mon
     assert same_run("whole", "parts", "loss", "inner_loss")             # which are means over the steps since
 
 
+@needs_fork
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     def twice(step):
         signal.raise_signal(signal.SIGTERM)
@@ -836,9 +852,10 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
         time.sleep(60)
     before_each_step(monkeypatch, twice)
     assert ended(forked(lambda: run("--head mlp"))) == -signal.SIGINT and saved()["step"] == 0
-    assert Path("child").read_text().strip() == "finishing the step, then saving (again: stop at once)"
+    assert Path("child").read_text().splitlines()[-1] == "finishing the step, then saving (again: stop at once)"
 
 
+@needs_fork
 def test_killed_at_any_moment_it_ends_with_the_same_bits(hasty, monkeypatch):
     flags, began = "--predictor mlp --target ema --inner-steps 1 --epochs 6", time.perf_counter()
     run(flags, "whole")
@@ -860,6 +877,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(hasty, monkeypatch):
     assert {file.name for file in Path("parts").glob("[!.]*")} == {"checkpoint.pt", "metrics.jsonl", "thesis.tex"}
 
 
+@needs_fork
 def test_a_full_disk_loses_nothing():
     import resource                                     # which Windows has not
     flags = "--head mlp --epochs 4"
@@ -868,7 +886,8 @@ def test_a_full_disk_loses_nothing():
         run(flags, "parts")
     run(flags, "whole"), stopped(flags, at=4, out="parts")
     assert ended(forked(full)) == 2
-    assert Path("child").read_text().startswith("error: cannot write parts/checkpoint.pt: File too large")
+    error = "error: cannot write parts/checkpoint.pt: File too large; what it held before is as it was\n"
+    assert Path("child").read_text().endswith(error)
     assert saved("parts")["step"] == 4 and not list(Path("parts").glob(".*"))
     run(flags, "parts")
     assert same_run("whole", "parts")
@@ -890,9 +909,28 @@ def test_when_a_checkpoint_is_written_and_progress_told(monkeypatch, capsys):
     assert saves_of("--epochs 3", 40) == [0, 2, 4, 6] and saves_of("--epochs 2", 0.1) == [0, 4]
     assert saves_of("--limit 40 --epochs 2", 110) == [0, 3, 5, 8, 10]
     capsys.readouterr()
-    saves_of("--limit 40 --batch-size 2 --epochs 2", 13)        # once a minute: every 65 seconds
-    told = re.findall(r"^step (\d+)/40, (\d+) minutes left$", capsys.readouterr().out, re.M)
-    assert [int(step) for step, _ in told] == [*range(5, 41, 5)] and [told[0][1], told[-1][1]] == ["8", "0"]
+    saves_of("--limit 40 --batch-size 2 --epochs 2", 13)        # the first after 10 seconds, then each 60
+    told = re.findall(r"^step (\d+)/40  loss -?\d+\.\d\d  (\d+) min left$", capsys.readouterr().out, re.M)
+    assert [int(step) for step, _ in told] == [1, *range(6, 40, 5)] and [told[0][1], told[-1][1]] == ["8", "1"]
+
+
+def test_progress_in_a_log_and_on_a_terminal(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    def told(terminal, done=0):
+        file, now[0] = io.StringIO(), 100.0
+        file.isatty = lambda: terminal
+        progress = train.Progress(1200, file, "image", done)
+        for i in range(done + 1, 1201):
+            now[0] += 0.25
+            progress(i, "loss 4.91" * (i % 2))
+        return file.getvalue()
+    assert told(False) == "".join(f"image {i:,}/1,200  {left} min left\n" for i, left in (
+        (40, 5), (280, 4), (520, 3), (760, 2), (1000, 1)))
+    assert told(False, 800) == "image 840/1,200  2 min left\nimage 1,080/1,200  0 min left\n"    # of what is left to do
+    lines = told(True).split("\r")
+    assert [int(line.split()[1].split("/")[0].replace(",", "")) for line in lines[:-1]] == [*range(4, 1200, 4)]
+    assert {len(line) for line in lines} == {79, 0} and "\n" not in told(True)          # a line covers the one before
 
 
 def test_ema_is_an_average_of_byols_schedule(monkeypatch):
@@ -938,6 +976,7 @@ def test_learning_rate_and_its_scales(steps):
     assert [line["lr"] for line in log_of("cosine")[1:]] == pytest.approx([lr[1], lr[3]], abs=1e-6)
 
 
+@needs_fork
 def test_two_processes_train_what_one_does(monkeypatch):
     """3 steps of 8 images, on gloo, in float64, where rounding does not grow into a difference."""
     build, augment = train.build, train.augment
@@ -960,6 +999,7 @@ def test_two_processes_train_what_one_does(monkeypatch):
         assert first["processes"] == 2 and one == pytest.approx(two, abs=2e-6), each
 
 
+@needs_fork
 def test_two_processes_continue_in_bfloat16(monkeypatch):
     flags = "--head mlp --precision bfloat16"
     codes, errors = two_processes(lambda: [stopped(flags, out="two"), run(flags, "two")], monkeypatch)
@@ -968,31 +1008,36 @@ def test_two_processes_continue_in_bfloat16(monkeypatch):
     assert log_of("one")[2]["loss"] == pytest.approx(log_of("two")[2]["loss"], abs=0.02)
 
 
+@needs_fork
 def test_the_gradient_of_a_gathered_loss_is_that_of_the_whole_batch(monkeypatch):
     """Of losses that differ between the processes, where a symmetric test is blind."""
     z, weights = randn(6, 4), randn(2, 6, 4, seed=1)
     def one_rank():
-        torch.distributed.init_process_group("gloo")
-        mine = slice(3 * train.RANK, 3 * train.RANK + 3)
+        train.join(parsed("--device cpu"))
+        with train.first_signal():                      # torchrun's own signals end a process at once
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        mine = slice(3 * projhead.rank(), 3 * projhead.rank() + 3)
         rows = z[mine].clone().requires_grad_()
-        (weights[train.RANK] * projhead.gather(rows).square()).sum().backward()
+        (weights[projhead.rank()] * projhead.gather(rows).square()).sum().backward()
         assert torch.allclose(rows.grad, (2 * weights.sum(0) * z)[mine])        # average_gradients divides it by 2
     codes, errors = two_processes(one_rank, monkeypatch)
     assert codes == [0, 0], errors
 
 
+@needs_fork
 @pytest.mark.parametrize("rank, where, line", [
-    (0, "read_dataset", "out of luck"), (1, "read_dataset", "out of luck"), (1, "train_step", "out of luck"),
+    (0, "load_dataset", "out of luck"), (1, "load_dataset", "out of luck"), (1, "train_step", "out of luck"),
     (0, "", "--batch-size 15 does not divide evenly over 2 processes")])
 def test_an_error_of_any_rank_is_one_line(rank, where, line, monkeypatch):
     real = getattr(train, where, None)
     def fails(*args):
-        if train.RANK == rank:
+        if projhead.rank() == rank:
             raise train.UserError("out of luck")
         return real(*args)
     monkeypatch.setattr(train, where, fails, raising=False)
     codes, errors = two_processes(lambda: run(f"--head mlp --batch-size {8 if where else 15}"), monkeypatch)
-    assert codes == [2, 2] and errors[rank] == f"error: {line}\n" and errors[1 - rank] == ""
+    both = rank == 0 and not where                      # each says what each finds
+    assert codes == [2, 2] and errors[rank] == f"error: {line}\n" and errors[1 - rank] == (errors[rank] if both else "")
 
 
 def fresh():
@@ -1002,11 +1047,28 @@ def fresh():
     return module
 
 
-def test_what_train_reads_from_the_environment(monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", False), monkeypatch.setenv("RANK", "3"), monkeypatch.setenv("WORLD_SIZE", "4")
-    assert (fresh().RANK, fresh().WORLD_SIZE) == (0, 1)      # left over: torchrun sets the address too
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    assert (fresh().RANK, fresh().WORLD_SIZE) == (3, 4)
+def test_what_torchrun_sets_makes_several_processes_and_less_does_not(monkeypatch, capsys):
+    asked, torchrun = [], {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "here", "MASTER_PORT": "7"}
+    monkeypatch.setattr(train.dist, "init_process_group", lambda backend, **_: asked.append(backend))
+    for missing in ("MASTER_ADDR", "RANK", "LOCAL_RANK", "WORLD_SIZE", ""):             # the rest is left over in a shell
+        with monkeypatch.context() as patch:
+            for name, value in torchrun.items():
+                patch.setenv(name, value) if name != missing else patch.delenv(name, raising=False)
+            assert train.join(parsed("--device cpu")) == torch.device("cpu") and bool(asked) == (missing == "")
+    assert asked == ["gloo"] and capsys.readouterr().err == "process 1 waits for 4 processes at here:7\n"
+
+
+def test_without_distributed_and_in_a_thread(monkeypatch):
+    run("--head mlp --predictor mlp --inner-steps 1", "usual")
+    for module in (train, projhead):                    # as in a torch that was built without it
+        monkeypatch.setattr(module, "dist", argparse.Namespace(is_available=lambda: False))
+    thread = threading.Thread(target=train.main, args=[lambda: run("--head mlp --predictor mlp --inner-steps 1")])
+    thread.start(), thread.join()
+    assert same_run("usual", "run")
+
+
+def test_what_train_sets_in_the_environment(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", False)
     for name, value, expected in (("", "", "1000"), ("GOMP_SPINCOUNT", "7", "7"), ("OMP_WAIT_POLICY", "passive", None)):
         monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
         monkeypatch.setenv(name or "UNUSED", value)
@@ -1019,9 +1081,8 @@ def test_a_run_without_what_only_posix_has(monkeypatch):
     for name in ("fcntl", "resource"):
         monkeypatch.setitem(sys.modules, name, None)    # its import now fails
     for name in ("O_NOFOLLOW", "O_DIRECTORY", "fork", "getuid", "setpgid"):
-        monkeypatch.delattr(os, name)
+        monkeypatch.delattr(os, name, raising=False)
     windows = fresh()
-    monkeypatch.setattr(windows, "CACHE", Path("cache"))
     pictures("p", 20)
     flags = f"{SMALL} p --limit 8 --batch-size 4 --epochs 2 --out run".split()
     windows.train(windows.parse_args(flags)), windows.train(windows.parse_args(flags))
@@ -1054,7 +1115,8 @@ def test_nothing_in_a_step_waits_for_the_device(flags, place, monkeypatch):
     theta, phi = train.optimizers(model, args)
     images = torch.zeros(100, 3, args.image_size, args.image_size, dtype=torch.uint8, device=place)
     with NoWaiting():
-        for x, other in train.two_views(images, args, range(2), 2, 10, meta):
+        for step in range(2):
+            x, other = train.two_views(images, args, step, 2, 10, meta)
             h, loss, inner = train.train_step(x, model, theta, phi, args, other)
             if model.target:
                 train.update_target(model, 0.9)
@@ -1074,7 +1136,7 @@ def test_a_run_keeps_its_precision(monkeypatch, capsys):
 
 def test_training_does_not_read_labels(monkeypatch):
     a = run("--head mlp", "a")
-    monkeypatch.setattr(train, "load_dataset", lambda *_, **__: (SETS[10_000][0][:16], None))
+    monkeypatch.setattr(train, "load_dataset", lambda *_, **__: (SETS[10_000][0][:16], None, None))
     assert same_bits(run("--head mlp", "b"), a)
 
 
@@ -1091,8 +1153,14 @@ def test_a_run_that_is_finished_or_another_stays(monkeypatch, capsys):
     differ = "holds another run", "epochs 2 there, 3 here", "lr 0.06 there, 0.5 here"
     one_line_error(lambda: run("--head mlp --epochs 3 --lr 0.5"), capsys, *differ)
     monkeypatch.setattr(train, "draw_shapes", lambda M, seed: [x.flip(0) for x in SETS[M]])
-    one_line_error(lambda: run("--head mlp"), capsys, "images")
-    assert files() == before
+    code, error = ends(lambda: run("--head mlp"), capsys, ("warning: 2 steps",))        # of other instructions, say
+    assert code == 0 and error.startswith("warning: the shapes were drawn in other bits there") and files() == before
+    one_line_error(lambda: run("--head mlp --limit 15"), capsys, "limit 16 there, 15 here", "images [16, ")
+    pictures("p", 20)
+    flags = SMALL + "p --image-size 16 --batch-size 8 --epochs 2 --limit 8"
+    run(flags, "folder"), pictures("p", 20, classes="cd")
+    one_line_error(lambda: run(flags, "folder"), capsys, "holds another run", "images [8, ",
+                   besides=("folder ", "decoding ", "warning: "))
     Path("run/checkpoint.pt").unlink()
     one_line_error(lambda: run("--head mlp"), capsys, "metrics.jsonl without a checkpoint")
 
@@ -1113,8 +1181,8 @@ def test_the_log_says_what_was_run(steps):
             (line["penalty"], naive_penalty(sparse["head"]["0.weight"], "l21", unit_rows=True))):
         assert 0 != written == pytest.approx(float(expected), abs=1e-4)
     assert first.keys() == set("command args torch torchvision python device processes threads images".split())
-    for key in {*first, *line, *other, "memory"}:
-        assert f"`{key}`" in readme(), f"README.md does not explain {key}"
+    explained = set(re.findall(r"\w+", train.end_epoch.__doc__.replace(", _z", ", spread_z")))
+    assert {*first, *line, *other, "memory"} <= explained
 
 
 def test_the_encoder_of_a_checkpoint_loads_without_us():
@@ -1557,18 +1625,83 @@ def test_shapes_are_drawn_the_same_and_apart():
 
 def both_parts(folder):
     """(images, labels, classes) of the part for training and of that for testing; the odd classes are blue."""
-    parts = [train.read_dataset("folder", folder, part, 16) for part in (True, False)]
+    parts = [train.load_dataset("folder", folder, part, 16) for part in (True, False)]
     assert all(torch.equal(images[:, 2, 0, 0] == 200, labels % 2 == 1) for images, labels, classes in parts if classes)
     return parts
 
 
+def said(folder, capsys):
+    """What is said of a folder, and of each part the number of images of each class."""
+    capsys.readouterr()
+    labels = [train.load_dataset("folder", folder, part, 16)[1] for part in (True, False)]
+    counts = [each[each >= 0].bincount().tolist() for each in labels]
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("decoding ")]
+    return lines, *counts
+
+
 @pytest.mark.parametrize("first, second", [
-    ("train", "val"), ("Train", "Test"), ("TRAIN", "Validation"), ("train", "valid")])
-def test_a_folder_with_two_parts(first, second):
-    pictures(f"p/{first}", 12, classes="abcd"), pictures(f"p/{second}", 6, classes="ad")
-    (images, labels, classes), (tests, test_labels, _) = both_parts("p")
-    assert (len(images), len(tests), classes) == (12, 6, [*"abcd"])
-    assert labels.bincount().tolist() == [3, 3, 3, 3] and test_labels.bincount().tolist() == [3, 0, 0, 3]
+    ("train", "val"), ("Train", "Test"), ("TRAIN", "Validation"), ("Training", "testing"), ("train", "valid")])
+def test_a_folder_with_two_parts(first, second, capsys):
+    pictures(f"p/{first}", 12, classes="abcd"), pictures(f"p/{second}", 6, classes="ad"), pictures("p/extra", 2)
+    (line, beside), *counts = said("p", capsys)
+    assert counts == [[3, 3, 3, 3], [3, 0, 0, 3]] and beside == "left out, beside the parts: extra"
+    assert line == f"folder p/{first}: 12 images of 4 classes to train on, 6 in p/{second} to test on"
+
+
+@pytest.mark.parametrize("test", ["nothing", "unlabelled", "of other classes"])
+def test_the_first_test_part_with_labelled_images_is_taken(test, capsys):
+    """As in Tiny-ImageNet and ImageNet; without one a fifth of the training part is for testing."""
+    Path("p/test/images").mkdir(parents=True)
+    pictures("p/train", 40, classes=["a/images", "b/images"]), pictures("p/val", 6)
+    if test != "nothing":
+        pictures("p/test", 5, classes=["images"] if test == "unlabelled" else "xy")
+    lines, *counts = said("p", capsys)
+    assert counts == [[20, 20], [3, 3]] and "6 in p/val to test on" in lines[0]
+    shutil.rmtree("p/val")
+    lines, first, second = said("p", capsys)
+    assert sum(first + second) == 40 and 3 < sum(second) < 14 and "held out to test on, a fifth" in lines[0]
+    assert lines[1] == "warning: no labelled images of these classes in test"
+
+
+def test_copies_and_hidden_files_are_not_there(capsys):
+    pictures("p", 40)
+    clean = both_parts("p")
+    for image in [*Path("p").rglob("*.png")]:           # of macOS, of a NAS, of an archive, of Jupyter
+        for copy_of in (image.with_name(f"._{image.name}"), image.parent / "@eaDir" / image.name / "thumb.png",
+                        Path("p/__MACOSX/p/a", image.name), image.parent / ".ipynb_checkpoints" / image.name):
+            copy_of.parent.mkdir(parents=True, exist_ok=True), shutil.copy(image, copy_of)
+    Path("p/.ipynb_checkpoints").mkdir(), Path("p/lost+found").mkdir(), Path("p/.DS_Store").touch()
+    lines, *_ = said("p", capsys)
+    assert len(lines) == 1 and all(map(torch.equal, sum((part[:2] for part in clean), ()),
+                                       sum((part[:2] for part in both_parts("p")), ())))
+
+
+def test_what_a_folder_has_too_few_or_too_many_of_is_said(capsys):
+    pictures("transport", 40, classes=["airplane", "bus", "car", "train"])
+    lines, *counts = said("transport", capsys)
+    assert [sum(pair) for pair in zip(*counts)] == [10] * 4             # a class may be called train
+    assert lines[1:] == ["warning: classes that are named like parts: train"]
+    pictures("outer/inner/train", 9), pictures("outer/inner/test", 9)
+    lines, *_ = said("outer", capsys)
+    assert lines[1] == "warning: one class, inner: is outer a level too high?"
+    pictures("types", 10), Path("types/b").rename("types/c"), Path("types/b").mkdir()
+    for name in ("b/1.gif", "b/2.gif", "a/1.jfif", "a/README"):
+        Path("types", name).touch()
+    lines, *_ = said("types", capsys)
+    assert lines[1:] == ["left out, of no type that is read: 1 .jfif, 1 without an extension, 2 .gif",
+                         "warning: no images in b: not taken as classes"]
+    pictures("cut", 20, classes="a"), pictures("cut", 0, 4, classes="b")
+    assert said("cut", capsys)[0][-1].startswith("warning: no image could be read of b")
+    pictures("flat", 9, classes=[""])
+    assert "warning: no classes" in said("flat", capsys)[0][1]
+
+
+def test_the_order_and_the_fifth_depend_on_posix_names_alone():
+    pictures("p", 40, classes=["a/deep", "b"])
+    found, _, _ = train.scan(Path("p"))
+    assert found == sorted((zlib.crc32(path[2:].encode()), path, path[2]) for _, path, _ in found)
+    assert (zlib.crc32(b"a/deep/000.png"), "p/a/deep/000.png", "a") in found
+    assert [train.is_held_out(n) for n in (0, 6, 7, 34, 35, 3_000_000_001)] == [True, True, False, False, True, False]
 
 
 def test_a_fifth_of_a_folder_is_for_testing():
@@ -1589,7 +1722,7 @@ def test_what_an_image_can_be(tmp_path, monkeypatch):
     for name in ("1.png", "L.png", "LA.png", "P.png", "RGBA.png", "CMYK.tiff", "F.tiff", "I;16.png"):
         Image.new(name.split(".")[0], (33, 70)).save(name)
         read = train.read_image(name, 16)               # floats and 16 bits have no range of their own
-        assert read.startswith("33 x 70 pixels of mode") if name[0] in "FI" else len(read) == 3 * 16 * 16
+        assert "convert to 8 bits" in read if name[0] in "FI" else len(read) == 3 * 16 * 16
     half, exif = Image.new("RGB", (40, 40)), Image.Exif()
     half.paste((255, 255, 255), (0, 0, 40, 20))         # the upper half
     exif[0x0112] = 6                                    # to be turned by a quarter
@@ -1598,8 +1731,10 @@ def test_what_an_image_can_be(tmp_path, monkeypatch):
     assert len(turned) == 3 * 16 * 16 and turned[0] < 5 and turned[15] > 250
     os.truncate("turned.jpg", 300), Path("empty.png").touch(), Image.new("RGB", (9, 9)).save("gif.png", "GIF")
     assert all(isinstance(train.read_image(name, 16), str) for name in ("turned.jpg", "empty.png", "gif.png"))
-    monkeypatch.setattr(train, "PIXELS", 33 * 70 - 1)   # in place of a huge one
-    assert train.read_image("P.png", 16).startswith("33 x 70 pixels")
+    with monkeypatch.context() as patch, warnings.catch_warnings(action="ignore"):
+        for limit, good in ((33 * 70 / 2 - 1, False), (33 * 70 / 2, True)):     # Pillow's own, in place of a huge one
+            patch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+            assert (len(train.read_image("P.png", 16)) == 3 * 16 * 16) == good
     program, ran = tmp_path / "gs", tmp_path / "ran"    # the program that Pillow starts for such a file
     program.write_text(f"#!/bin/sh\ntouch {ran}\n"), program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -1608,9 +1743,73 @@ def test_what_an_image_can_be(tmp_path, monkeypatch):
     assert "cannot identify" in train.read_image("eps.png", 16) and not ran.exists()
 
 
+def test_exif_that_cannot_be_read_costs_the_turn_and_a_large_jpeg_is_read_in_part(monkeypatch):
+    from PIL import Image, ImageOps
+    def exif(*tags):                                    # (tag, type, value): 2 is text, 3 a short
+        tags = b"".join(struct.pack("<HHI4s", tag, kind, 1, value) for tag, kind, value in tags)
+        return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags) // 12) + tags + bytes(4)
+    half, turn = Image.new("RGB", (800, 600)), (0x0112, 3, b"\x06\0\0\0")
+    half.paste((255, 255, 255), (0, 0, 800, 300))       # the upper half
+    half.save("good.jpg", exif=exif(turn)), half.save("mistyped.jpg", exif=exif(turn, (0x011A, 2, b"7\0\0\0")))
+    with pytest.raises(Exception), Image.open("mistyped.jpg") as image:
+        ImageOps.exif_transpose(image)
+    sizes, fit = [], ImageOps.fit
+    monkeypatch.setattr(ImageOps, "fit", lambda image, *rest: sizes.append(image.size) or fit(image, *rest))
+    good, mistyped = (train.read_image(f"{name}.jpg", 16) for name in ("good", "mistyped"))
+    assert good[0] < 5 and good[15] > 250 and mistyped[0] > 250 and mistyped[15] > 250 and mistyped[-1] < 5
+    assert sizes == [(75, 100), (100, 75)]              # an eighth of 800 x 600, over twice 16
+    for name in ("good", "mistyped"):                   # half of the pixels are there
+        os.truncate(f"{name}.jpg", os.path.getsize(f"{name}.jpg") * 2 // 3)
+        assert "truncated" in train.read_image(f"{name}.jpg", 16)
+
+
+@needs_fork
+def test_decoded_images_are_a_map_of_the_file_that_nobody_can_write_to():
+    pictures("p", 30)
+    images, labels, _ = train.load_dataset("folder", "p", True, 16)
+    file, = train.cache().iterdir()
+    content = file.read_bytes()
+    assert content == images.numpy().tobytes() + b"\1" * len(labels)
+    assert ended(forked(lambda: images.fill_(0))) in (-signal.SIGSEGV, -signal.SIGBUS) and file.read_bytes() == content
+    with open(file, "r+b") as f:
+        f.write(b"\7")                                  # it is the file, and no copy of it
+    assert images[0, 0, 0, 0] == 7
+
+
+def test_where_no_images_can_be_kept(monkeypatch, capsys):
+    pictures("p", 30), Path("file").touch()
+    flags, besides = SMALL + "p --image-size 16", ("folder ", "decoding ")
+    monkeypatch.setenv("XDG_CACHE_HOME", "file")
+    error = one_line_error(lambda: run(flags), capsys, "cannot write file/", "XDG_CACHE_HOME", besides=besides)
+    assert "what it held before" not in error
+    monkeypatch.delenv("XDG_CACHE_HOME"), monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    one_line_error(lambda: run(flags), capsys, "no home folder", "XDG_CACHE_HOME", besides=besides)     # a container
+    with pytest.raises(SystemExit) as stop:
+        fresh().parse_args(["--help"])
+    assert stop.value.code == 0
+
+
+def test_paths_as_they_are_typed(monkeypatch, capsys):
+    home = Path("home").absolute()
+    monkeypatch.setenv("HOME", str(home)), monkeypatch.setenv("USERPROFILE", str(home))
+    args = train.parse_args(["--dataset=cifar10", "--out=~/r", "--data=~/d"])
+    assert (args.out, args.data) == (str(home / "r"), str(home / "d"))
+    for flag in ("--data", "--out"):
+        one_line_error(lambda: train.parse_args(["--dataset=cifar10", flag, ""]), capsys, flag, "empty path")
+    roots = []
+    def dataset(root, train, download):
+        roots.append((root, download))
+        return argparse.Namespace(data=torch.zeros(5, 32, 32, 3).byte().numpy(), targets=[*range(5)], classes=[])
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", dataset), Path("d/cifar-10-batches-py").mkdir(parents=True)
+    for root in ("d", "d/cifar-10-batches-py", "other"):
+        images, labels, _ = train.load_dataset("cifar10", root, limit=3)
+        assert images.shape == (3, 3, 32, 32) and labels.tolist() == [0, 1, 2]
+    assert roots == [(Path("d"), False), (Path("d"), False), (Path("other"), True)]
+
+
 def test_a_bad_image_is_left_out_and_named(capsys):
     pictures("few", 300)
-    whole, _ = train.load_dataset("folder", "few", size=16)
+    whole, *_ = train.load_dataset("folder", "few", size=16)
     names = {colour(i): Path("few", "ab"[i % 2], f"{i:03}.png") for i in range(300)}
     cut, dangling = (names[tuple(image[:, 0, 0].tolist())] for image in whole[3:5])
     os.truncate(cut, 40), dangling.unlink(), dangling.symlink_to("nowhere")
@@ -1619,10 +1818,10 @@ def test_a_bad_image_is_left_out_and_named(capsys):
     named = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(named) == 2 and str(cut) in named[0] and str(dangling) in named[1]
     assert torch.equal(images, torch.cat([whole[:3], whole[5:]])) and len(labels) == len(images)
-    pictures("many", 195, 5)
-    with pytest.raises(train.UserError, match="over 1 % of .* cannot be read, the last .*many/[ab]/19"):
-        run(SMALL + "many --limit 150")
-    assert not Path("run").exists() and len(list(train.CACHE.iterdir())) == 3
+    pictures("many", 185, 15)
+    with pytest.raises(train.UserError, match="over 1 % of .* cannot be read, the last .*many/[ab]/1[89]"):
+        run(SMALL + "many --limit 200")
+    assert not Path("run").exists() and len(list(train.cache().iterdir())) == 3
 
 
 def test_pictures_are_decoded_once_and_no_more_than_asked_for(monkeypatch):
