@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shlex
@@ -1050,7 +1051,7 @@ def fresh():
 def test_what_torchrun_sets_makes_several_processes_and_less_does_not(monkeypatch, capsys):
     asked, torchrun = [], {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "here", "MASTER_PORT": "7"}
     monkeypatch.setattr(train.dist, "init_process_group", lambda backend, **_: asked.append(backend))
-    for missing in ("MASTER_ADDR", "RANK", "LOCAL_RANK", "WORLD_SIZE", ""):             # the rest is left over in a shell
+    for missing in ("MASTER_ADDR", "RANK", "LOCAL_RANK", "WORLD_SIZE", ""):     # the rest is left over in a shell
         with monkeypatch.context() as patch:
             for name, value in torchrun.items():
                 patch.setenv(name, value) if name != missing else patch.delenv(name, raising=False)
@@ -1183,6 +1184,18 @@ def test_the_log_says_what_was_run(steps):
     assert first.keys() == set("command args torch torchvision python device processes threads images".split())
     explained = set(re.findall(r"\w+", train.end_epoch.__doc__.replace(", _z", ", spread_z")))
     assert {*first, *line, *other, "memory"} <= explained
+
+
+def test_a_run_that_cannot_learn_is_warned_of(monkeypatch, capsys):
+    run("--head mlp --limit 9 --batch-size 2", "usual")
+    usual, train_step = capsys.readouterr().err, train.train_step
+    def collapses(x, model, *rest):
+        model.g[-1].weight.data.zero_()
+        return train_step(x, model, *rest)
+    monkeypatch.setattr(train, "train_step", collapses)
+    run("--head mlp --limit 20 --batch-size 2 --lr 0 --epochs 1")
+    assert usual == "warning: 4 steps an epoch, 8 in all: a smaller --batch-size makes more\n"
+    assert capsys.readouterr().err.startswith("warning: z has collapsed, its spread is 0.0000 of at most 1")
 
 
 def test_the_encoder_of_a_checkpoint_loads_without_us():
@@ -1824,6 +1837,7 @@ def test_a_bad_image_is_left_out_and_named(capsys):
     assert not Path("run").exists() and len(list(train.cache().iterdir())) == 3
 
 
+@needs_fork
 def test_pictures_are_decoded_once_and_no_more_than_asked_for(monkeypatch):
     pictures("p", 150)
     seen, read = [], train.read_image
@@ -1874,12 +1888,72 @@ def test_bad_flags_are_one_line_and_lose_nothing(monkeypatch, capsys):
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     before = files()
     for flags in re.split(r"[|\n]", BAD.strip()):
-        error = one_line_error(lambda: train.train(train.parse_args(flags.split())), capsys)
+        error = one_line_error(lambda: train.train(train.parse_args(flags.split())), capsys,
+                               besides=("folder ", "warning: ", "left out"))
         assert files() == before, (flags, error)
     monkeypatch.setattr(projhead.ConvNet, "forward", lambda self, x: torch.empty(2**60))        # out of memory
-    one_line_error(lambda: run("--head mlp"), capsys, "--batch-size")
-    monkeypatch.setattr(train, "WORLD_SIZE", 2)
-    one_line_error(lambda: parsed("--inner-gradient unrolled"), capsys, "--inner-gradient", "one process")
+    one_line_error(lambda: run("--head mlp"), capsys, "out of memory")
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    monkeypatch.setattr(train, "training_images", lambda *_: SETS[4_000][0])
+    one_line_error(lambda: run("--inner-gradient unrolled"), capsys, "--inner-gradient", "one process")
+
+
+def test_the_default_of_every_flag_and_when_it_has_none():
+    one = dict(head="parametric", depth=2, hidden=None, dim=128, head_bn="hidden", head_lr=1, inner_steps=2,
+               inner_batch="same", inner_start="warm", inner_gradient="envelope", sparsity=0, sparsity_norm=None,
+               predictor="none", predictor_lr=None, predictor_schedule=None, target=None, ema=None, loss="infonce",
+               tau=0.5, dataset="shapes", data=None, limit=None, image_size=32, crop_scale=0.5, hue=0.5, grayscale=0.1,
+               encoder="convnet", precision=None, epochs=8, batch_size=256, lr=0.06, momentum=0.9, weight_decay=5e-4,
+               warmup=0.05, seed=0, device=train.default_device(), called="--head parametric",
+               out=os.path.join("runs", "shapes-convnet-parametric-seed0"))
+    joint = dict(inner_steps=0, inner_batch=None, inner_start=None, inner_gradient=None)
+    predicts = joint | dict(head="mlp", head_bn="both", predictor_lr=1, predictor_schedule="cosine", target="stopgrad")
+    cosine, bn = predicts | dict(loss="cosine", tau=None), predicts | dict(loss="bn", tau=None, head_bn="hidden")
+    reads = dict(data=os.path.abspath("data"), crop_scale=0.2, hue=0.1, encoder="resnet18", epochs=100, batch_size=512)
+    fixed = joint | dict(depth=None, dim=None, head_bn="none", head_lr=None)
+    for flags, differ in {
+            "": {}, "--head mlp": joint, "--head sparse": joint | dict(sparsity=0.1, sparsity_norm="l21"),
+            "--head linear": fixed | dict(dim=128, head_lr=1), "--head none": fixed, "--head slice": fixed,
+            "--predictor mlp": cosine, "--predictor linear --target ema": cosine | dict(target="ema", ema=0.99),
+            "--predictor offdiag": bn | dict(predictor_lr=10),
+            "--predictor identity": bn | dict(predictor_lr=None, predictor_schedule=None),
+            "--predictor mlp --loss bn": bn, "--loss barlow": dict(tau=None), "--dataset cifar10": reads,
+            "--dataset stl10 --encoder convnet": reads | dict(
+                image_size=96, encoder="convnet", epochs=20, batch_size=256),
+            "--dataset folder --data a/b": reads | dict(image_size=64, data=os.path.abspath("a/b"))}.items():
+        args, typed = vars(train.parse_args(flags.split())), dict(zip(*[iter(flags.replace("-", "").split())] * 2))
+        names = "called", "out", *(typed.keys() - {"data"})
+        assert args | dict.fromkeys(names) == one | differ | dict.fromkeys(names)
+        assert all(str(args[flag]) == typed[flag] for flag in typed if flag != "data") and args.keys() == one.keys()
+
+
+def test_what_a_run_is_called_is_what_was_typed(monkeypatch, capsys):
+    monkeypatch.setattr(nn.Module, "__init__", lambda self: pytest.fail("a network is built to parse flags"))
+    typed = ["--tau 0.10", "--dataset folder", "--data some/cats", "--encoder convnet", "--seed 3", "--lr 0.1"]
+    names = set()
+    for order in (typed, typed[::-1], [*typed, "--out there", "--device cpu"]):
+        args = train.parse_args(" ".join(order).split())
+        assert args.called == "--head parametric --tau 0.1 --dataset folder --encoder convnet --lr 0.1"
+        names.add(args.out)
+    assert names == {os.path.join("runs", "folder-cats-convnet-parametric-tau0.1-lr0.1-seed3"), "there"}
+    assert parsed("--predictor offdiag").called == "--head mlp --predictor offdiag --encoder convnet128"
+    many = ("--predictor mlp --target ema --ema 0.95 --head-bn both --depth 3 --hidden 256 --dim 64 --head-lr 2 "
+            "--predictor-lr 3 --predictor-schedule constant --momentum 0.95 --weight-decay 0.001 --grayscale 0.2 --lr 1 --hue 0.2")
+    one_line_error(lambda: parsed(many), capsys, "--out")
+    assert parsed(many + " --out short").out == "short" and not files()
+
+
+def test_help_has_every_flag_in_a_sentence_and_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert all(line in text for line in train.__doc__.splitlines() if line.startswith("    "))
+    _, *actions = train.parser()._actions
+    assert {a.dest for a in actions} | {"called"} == vars(train.parse_args([])).keys()
+    for action in actions:
+        assert re.search(r"Default: .*\.$", action.help), action.dest
+        assert re.search(rf"^  {action.option_strings[0]} ", text, re.M)
+    assert max(map(len, text.splitlines())) <= 120
 
 
 class Bomb:
@@ -1887,13 +1961,14 @@ class Bomb:
         return os.system, ("touch ran",)
 
 
-def test_files_that_are_no_checkpoints(monkeypatch, capsys):
+def test_files_that_are_no_checkpoints(monkeypatch, capsys, recwarn):
     checkpoint, path = stopped("--head mlp"), Path("run/checkpoint.pt")
     whole = path.read_bytes()
     def part(name, key, value):
         return checkpoint | {name: checkpoint[name] | {key: value}}
     contents = [
-        b"", b"noise" * 1000, whole[:99_999], whole[:-1], Bomb(), [1, Bomb()], part("args", "lr", Bomb()),
+        b"", pickle.dumps({"args": 1}), pickle.dumps(checkpoint["args"], 2), b"noise" * 1000,
+        whole[:99_999], whole[:-1], Bomb(), [1, Bomb()], part("args", "lr", Bomb()),
         part("encoder", "0.weight", Bomb()), [1, 2], {"model": checkpoint["encoder"]}, checkpoint | {"args": {}},
         *({k: v for k, v in checkpoint.items() if k != key} for key in ("images", "step", "head")),
         part("head", "0.weight", torch.ones(3, 3)), part("encoder", "99.bias", torch.ones(3))]
@@ -1902,8 +1977,33 @@ def test_files_that_are_no_checkpoints(monkeypatch, capsys):
         before = files()
         for code, error in (ends(lambda: run("--head mlp"), capsys), evaluates(monkeypatch, capsys, "run")):
             assert code == 2 and "run" in error, (number, error)
-        assert files() == before, number
+        assert files() == before and not recwarn.list, (number, recwarn.list)
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("where, error, words", [
+    (Path, PermissionError(13, "Permission denied", "run/checkpoint.pt"), "Permission denied: 'run/checkpoint.pt'"),
+    (torch, MemoryError(), "out of memory"), (torch, OSError(5, "Input/output error"), "Input/output error"),
+    (torch, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory")])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(where, error, words, monkeypatch, capsys):
+    """By whose fault it is, so that nobody deletes it."""
+    stopped("--head mlp")
+    def fails(*_, **__):
+        raise error
+    monkeypatch.setattr(where, "load" if where is torch else "read_bytes", fails)
+    assert "damaged" not in one_line_error(lambda: run("--head mlp"), capsys, words)
+
+
+def test_the_error_of_a_file_that_cannot_be_written(monkeypatch, capsys):
+    Path("old").write_text("1")
+    def full(_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    for name, kept in (("old", "; what it held before is as it was"), ("new/new", "")):
+        with pytest.raises(train.UserError) as stop, train.replacing(Path(name), "; a hint") as file:
+            file.write(b"2")
+        assert str(stop.value) == f"cannot write {name}: No space left on device{kept}; a hint".replace("/", os.sep)
+    assert files() == {Path("old"): b"1"}
 
 
 # ---------------------------------------------------------------------------- Wen & Li's simple setting
