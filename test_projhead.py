@@ -1938,7 +1938,8 @@ def test_what_a_run_is_called_is_what_was_typed(monkeypatch, capsys):
     assert names == {os.path.join("runs", "folder-cats-convnet-parametric-tau0.1-lr0.1-seed3"), "there"}
     assert parsed("--predictor offdiag").called == "--head mlp --predictor offdiag --encoder convnet128"
     many = ("--predictor mlp --target ema --ema 0.95 --head-bn both --depth 3 --hidden 256 --dim 64 --head-lr 2 "
-            "--predictor-lr 3 --predictor-schedule constant --momentum 0.95 --weight-decay 0.001 --grayscale 0.2 --lr 1 --hue 0.2")
+            "--predictor-lr 3 --predictor-schedule constant --momentum 0.95 --weight-decay 0.001 --grayscale 0.2 "
+            "--hue 0.2 --lr 1")
     one_line_error(lambda: parsed(many), capsys, "--out")
     assert parsed(many + " --out short").out == "short" and not files()
 
