@@ -528,7 +528,7 @@ def training_images(args, device) -> Tensor:
     if world_size() > 1 and not later:
         dist.barrier()
     wanted = args.limit or 2
-    if len(images) < 0.99 * wanted:         # 1 % may be unreadable
+    if len(images) < max(2, wanted - max(10, 0.01 * wanted)):           # so many may be unreadable
         raise UserError(f"there are {len(images)} training images, and {wanted} are needed")
     fits = device.type != "cuda" or images.numel() < torch.cuda.mem_get_info(device)[0] / 2
     return images.to(device) if fits else images
