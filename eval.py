@@ -1,116 +1,181 @@
 # SPDX-License-Identifier: MIT
-"""Measure trained runs: what h and z know, or every tap of the networks.
+"""Measure trained runs: what h and z know, tap by tap, or method by method over seeds.
 
-    python eval.py                           # the newest run in runs/: a row for h, one for z
-    python eval.py RUN --taps                # also for the layers inside the head, and for p
-    python eval.py RUN --columns linear rank               # these columns only; all of them: --json
-    python eval.py RUN RUN ...               # a row for each method: mean±standard deviation over seeds
-    python eval.py RUN RUN ... --against "--head mlp"      # paired differences from that row
-    python eval.py RUN --dataset cifar100    # transfer: other labelled images through the same encoder
-    python eval.py RUN --probe transform     # what linear probes can tell of what was done to an image; needs no labels
-    python eval.py RUN --neighbors out.png   # a picture: test images with their nearest training images; or --views
+    python eval.py                                      # the newest run in runs/: a row for h, one for z
+    python eval.py RUN --taps                           # also the layers inside the head, and p
+    python eval.py RUN --columns linear quadrant        # these columns only; they are listed below
+    python eval.py RUN --dataset cifar100               # transfer: other labelled images through the same encoder
+    python eval.py RUN --probe transform                # what was done to an image? needs no labels
+    python eval.py RUN --neighbors out.png              # test images and their nearest training images; or --views
+    python eval.py RUN RUN ...                          # a row for each method, the means over its seeds
+    python eval.py RUN RUN ... --against "--head mlp"   # paired differences from that row
+    python eval.py RUN RUN ... --plot out.svg --columns "linear hue" "linear shape"     # h and z of each method
+    python eval.py RUN RUN ... --plot out.svg --columns epoch rank_z                    # a line for each method
+    python eval.py RUN RUN ... --json > runs.jsonl      # a line for each run, with all that can be said of it
+    python eval.py runs.jsonl --rows "--dataset cifar10 --tau 0.1"      # such lines in place of runs: some of them
 
 Every network is frozen, in eval mode and in float32; labels are read here and nowhere else. Probes see the training
 images of the run (its first --limit N); the test images are scored once. Results are kept in RUN/eval.json.
 """
 import train                                # first: it sets what torch's threads do while they wait
 import argparse
+import collections
 import contextlib
-import copy
-import functools
+import html
+import inspect
 import io
 import json
 import math
 import os
+import shlex
 import statistics
+import sys
+import textwrap
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.utils import save_image
 
 import projhead
 from train import UserError, note
 
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+KS = [20, 200]      # neighbours
 PROBED = 10_000     # images of either part that --probe transform looks at, at most
+PIXELS = 2**19      # of a batch: 512 images of 32 x 32
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # Student's t at 97.5 %, 1 to 9 degrees of freedom
+
+
+class Column(NamedTuple):
+    source: str         # the probe that measures it, "labels" or "transform", or "log": the last line of metrics.jsonl
+    shown: str          # the taps that a table shows it for, unless --columns names it
+    form: str           # how its numbers are written
+    meaning: str
+
+
+COLUMNS = {
+    "linear": Column("labels", "h z", ".1f", "accuracy of a linear probe on the test images, in percent"),
+    "l2": Column("labels", "", ".2g", "that probe's weight decay, the best on a fifth of the training images"),
+    "held_out": Column("labels", "", ".1f", "accuracy on that fifth, in percent: choose a run by this one"),
+    "knn": Column("labels", "h", ".1f", "knn20, knn200: accuracy of a vote of so many nearest training images"),
+    "rank": Column("labels", "h z", ".1f", "effective rank of the test images' features: RankMe"),
+    "carrying": Column("labels", "h", ".1f", "how many features of h carry 99 % of a mini-batch's gradient"),
+    "rotation": Column("transform", "h z", ".1f", "by how many quarter turns was it turned? a linear probe"),
+    "gray": Column("transform", "h z", ".1f", "was its colour taken away? a linear probe"),
+    "quadrant": Column("transform", "h z", ".1f", "which quarter of an image is it? a linear probe"),
+    "pruned": Column("log", "h", ".2f", "fraction of h's features that a head with --sparsity no longer reads"),
+    "offdiag": Column("log", "h", ".1f", "norm of the off-diagonal entries of --predictor offdiag"),
+    "moved": Column("log", "h", ".1f", "how far the weight of --predictor linear is from its start"),
+}
+KINDS = (" shape", " hue")                              # the two labels of the shapes: "linear shape", "linear hue"
+PER_LABEL = ("linear", "l2", "held_out", "knn")         # what each label has a column of its own for
 
 
 # ---------------------------------------------------------------------------- runs and features
 
-def load_run(path, device="cpu") -> argparse.Namespace:
-    """A run from its folder: .path, .args, .step of .steps, .images, the frozen .encoder, .head and .predictor in eval
-    mode, and .untrained, the encoder before the first step. Only checkpoint.pt is read. Raises UserError."""
+class Run(NamedTuple):
+    """A trained run; its networks are frozen and in eval mode."""
+    path: Path
+    crc: int                    # of checkpoint.pt
+    args: argparse.Namespace
+    images: list                # how many it was trained on, and their checksum
+    step: int
+    steps: int
+    encoder: nn.Module
+    head: nn.Module
+    predictor: nn.Module
+
+
+def load_run(path, device="cpu") -> Run:
+    """A run from its folder, of which only checkpoint.pt is read. Raises UserError."""
     path = Path(path).parent if Path(path).name == "checkpoint.pt" else Path(path)
     file = path / "checkpoint.pt"
-    if not file.is_file():
-        raise UserError(f"no checkpoint.pt in {path}: name a run's folder, or make one by python train.py")
-    content = file.read_bytes()
+    try:
+        content = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no checkpoint.pt in {path}: name a run's folder, or make one by python train.py") from None
+    earlier = UserError(f"{file} was made by an earlier commit, which eval.py no longer reads")
     with train.checkpoint_errors(file):
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        args = argparse.Namespace(**vars(train.parse_args([])) | checkpoint["args"])        # older runs lack some flags
-        images, step = checkpoint["images"], int(checkpoint["step"])
-        model, steps = train.build(args), args.epochs * (images[0] // min(args.batch_size, images[0]))
-        untrained = copy.deepcopy(model.f)
-        parts = {"encoder": model.f, "head": model.g, "predictor": model.q}
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-    for module in (*parts.values(), untrained):
-        module.to(device).eval().requires_grad_(False)
-    return argparse.Namespace(path=path, crc=zlib.crc32(content), args=args, step=step, steps=steps, images=images,
-                              untrained=untrained, **parts)
+        args, images, step = argparse.Namespace(**checkpoint["args"]), checkpoint["images"], int(checkpoint["step"])
+        if vars(train.parse_args([])).keys() - vars(args).keys() - set(train.PLACES):
+            raise earlier                           # a flag of now is missing; one that there is no more does no harm
+        steps = args.epochs * (images[0] // min(args.batch_size, images[0]))
+        try:
+            model = train.build(args)
+        except (KeyError, ValueError):              # a head, say, that there is no more
+            raise earlier from None
+        networks = [model.f, model.g, model.q]
+        for network, name in zip(networks, ("encoder", "head", "predictor")):
+            network.load_state_dict(checkpoint[name])
+            network.to(device).eval().requires_grad_(False)
+    return Run(path, zlib.crc32(content), args, images, step, steps, *networks)
 
 
-def layers(head: nn.Module) -> list[nn.Module]:
-    return [m for m in head.modules() if not list(m.children())]
+def untrained(run: Run) -> Run:
+    """The run's encoder before its first step, without a head."""
+    f = train.build(run.args).f.to(next(run.encoder.parameters()).device).eval().requires_grad_(False)
+    return run._replace(encoder=f, head=nn.Identity(), predictor=nn.Identity())
 
 
-def taps(run, x: Tensor) -> dict[str, Tensor]:
-    """{tap: (N, dim)} of normalized images x (N, 3, S, S): h, g[0], g[1] ... (the layers inside the head), z, and p."""
+def taps(run: Run, x: Tensor) -> dict[str, Tensor]:
+    """{tap: (N, dim)} of normalized images x (N, 3, S, S): h, the layers inside the head, z, p. What passes on its
+    input as it is, like the head of --head none, makes no tap."""
     h, inside = run.encoder(x.contiguous(memory_format=torch.channels_last)).float(), {}
-    hooks = [layer.register_forward_hook(lambda _, __, y, tap=f"g[{i}] {type(layer).__name__}": inside.update({tap: y}))
-             for i, layer in enumerate(layers(run.head))]
+    def watch(layer, tap):
+        return layer.register_forward_hook(lambda layer, x, y: inside.update({tap: y}))
+    layers = [module for module in run.head.modules() if not list(module.children())]
+    hooks = [watch(layer, f"g[{i}] {type(layer).__name__}") for i, layer in enumerate(layers)]
     z = run.head(h)
+    p = run.predictor(z)
     for hook in hooks:
         hook.remove()
-    out = {"h": h} | {tap: y for tap, y in inside.items() if y is not z and y is not h} | ({} if z is h else {"z": z})
-    return out | ({"p": run.predictor(z)} if run.args.predictor != "none" else {})
+    found = {"h": h} | {tap: y for tap, y in inside.items() if y is not h and y is not z}
+    found |= {"z": z} if z is not h else {}
+    return found | ({"p": p} if p is not z else {})
+
+
+def is_inside(tap: str) -> bool:
+    """Whether --taps alone shows it."""
+    return tap == "p" or tap.startswith("g[")
 
 
 @torch.no_grad()
-def features(run, images: Tensor, view=None, batch_size: int = 500) -> dict[str, Tensor]:
+def features(run, images: Tensor, view=None, inside=True) -> dict[str, Tensor]:
     """{tap: float32 (M, dim)} of images uint8 (M, 3, S, S), each passed through the frozen networks once.
 
-    run: what load_run returned, or a run's folder. view: a function uint8 (N, 3, S, S) -> normalized float32 in place
-    of plain normalization. Images of another size than the run's are resized. Taps: h, g[0] ... (layers inside the
-    head), z where there is a head, p where there is a prediction head. Raises UserError where there is no run or a
-    feature is not finite, RuntimeError if a parameter or buffer moved.
+    run: what load_run returned, or a run's folder. Images of another size than the run's are resized. Taps: h, those
+    inside the head, "g[0] Linear" ..., z where there is a head, p where there is a prediction head; without `inside` h
+    and z alone. view: a function (images uint8, a slice: which they are) -> normalized float32, in place of plain
+    normalization. Raises UserError where there is no run or a feature is not finite, RuntimeError if a parameter or
+    buffer moved.
     """
-    run = run if isinstance(run, argparse.Namespace) else load_run(run)
-    modules = nn.ModuleList([run.encoder, run.head, run.predictor]).eval()
-    before = {k: v.clone() for k, v in modules.state_dict().items()}
-    device, size, parts = next(run.encoder.parameters()).device, run.args.image_size, []
-    for batch in images.split(batch_size):
-        batch = batch.to(device)
-        x = view(batch) if view else train.normalize(batch.float() / 255)
+    run = run if isinstance(run, Run) else load_run(run)
+    networks = nn.ModuleList([run.encoder, run.head, run.predictor]).eval()
+    before = {name: value.clone() for name, value in networks.state_dict().items()}
+    device, size = next(run.encoder.parameters()).device, run.args.image_size
+    N, parts = max(1, PIXELS // max(size, images.shape[-1]) ** 2), collections.defaultdict(list)
+    progress = train.Progress(len(images), sys.stderr, what="image")
+    for start in range(0, len(images), N):
+        rows = slice(start, start + N)
+        batch = images[rows].to(device)
+        x = view(batch, rows) if view else train.normalize(batch.float() / 255)
         if x.shape[-1] != size:
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-        parts.append(taps(run, x))
-    found = {tap: torch.cat([part[tap] for part in parts]) for tap in parts[0]}
+        for tap, y in taps(run, x).items():
+            if inside or not is_inside(tap):
+                parts[tap].append(y)
+        progress(start + len(batch))
+    found = {tap: torch.cat(part) for tap, part in parts.items()}
     if not all(x.isfinite().all() for x in found.values()):
-        raise UserError("the features of the run are not finite")
-    if any(not torch.equal(v, before[k]) for k, v in modules.state_dict().items()):
+        raise UserError(f"the features of {run.path} are not finite")
+    if any(not torch.equal(value, before[name]) for name, value in networks.state_dict().items()):
         raise RuntimeError("the frozen networks moved during evaluation")
     return found
-
-
-def trained_and_not(run) -> list[tuple[str, argparse.Namespace]]:
-    """(suffix of a tap's name, what features() takes): the run, and its encoder before the first step, with no head."""
-    args = argparse.Namespace(predictor="none", image_size=run.args.image_size)
-    start = argparse.Namespace(args=args, encoder=run.untrained, head=nn.Sequential(), predictor=nn.Identity())
-    return [("", run), (" untrained", start)]
 
 
 # ---------------------------------------------------------------------------- probes
@@ -131,7 +196,7 @@ def probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> t
     x, test_x = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (train_x[order], test_x))    # 1: the bias
     classes, y = train_y[order].unique(return_inverse=True)         # a class that is not there is never predicted
     held, weights, best = len(x) // 5, x.new_zeros(len(classes), x.shape[1]), None
-    covariance = projhead.on_cpu(x.T @ x / len(x))
+    covariance = second_moment(x)
     for l2 in L2:                                                   # each starts where the last ended
         weights = fit(x[held:], y[held:], l2, weights, covariance, tolerance=1e-5)
         right = (x[:held] @ weights.T).argmax(1) == y[:held]
@@ -149,6 +214,15 @@ def probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> t
 def linear_probe(*data: Tensor) -> tuple[float, float]:
     """(test accuracy in percent, chosen l2) of probe(train_x, train_y, test_x, test_y); its errors."""
     return probe(*data)[:2]
+
+
+def second_moment(x: Tensor) -> Tensor:
+    """x^T x / M of x (M, dim) in float64, on the CPU: in float32 that of collinear columns has negative eigenvalues."""
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for part in x.split(4096):
+        part = projhead.on_cpu(part)
+        total.addmm_(part.T, part)
+    return total / len(x)
 
 
 def fit(x: Tensor, y: Tensor, l2: float, weights: Tensor, covariance: Tensor, tolerance: float) -> Tensor:
@@ -177,10 +251,12 @@ def fit(x: Tensor, y: Tensor, l2: float, weights: Tensor, covariance: Tensor, to
 def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k=20) -> float | list[float]:
     """Accuracy in percent of a majority vote of the k nearest training rows by cosine; of equals the smaller class.
 
-    x: (M, dim), y: int64 (M,). Every vote counts the same (no weighting by distance). k is cut to the training rows; a
-    list of ks gives a list of accuracies and costs one search.
+    x: (M, dim), y: int64 (M,). Every vote counts the same (no weighting by distance). A list of ks gives a list of
+    accuracies and costs one search. Raises ValueError for k >= M: the vote of all rows would be the same everywhere.
     """
-    ks = [min(number, len(train_x)) for number in ([k] if isinstance(k, int) else k)]
+    ks = [k] if isinstance(k, int) else k
+    if max(ks) >= len(train_x):
+        raise ValueError(f"{max(ks)} neighbours need more than {len(train_x)} training rows")
     train_x, test_x, right = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1), [0] * len(ks)
     classes = int(max(train_y.max(), test_y.max())) + 1
     for x, y in zip(test_x.split(1000), test_y.split(1000)):
@@ -192,84 +268,85 @@ def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k=20) 
     return accuracies[0] if isinstance(k, int) else accuracies
 
 
-# ---------------------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------------------- the probes for labels
 
-def load_data(run, dataset=None, data=None) -> list[tuple]:
+def load_data(run: Run, dataset=None, data=None) -> list[tuple]:
     """(images, labels, classes) of the training part and of the test part: the run's own, or another data set's. Of its
     own training part the images that the run was trained on. labels: (M, 1), or (M, 2) for shapes. Raises UserError."""
-    args, own, parts = run.args, dataset in (None, run.args.dataset), []
+    own = dataset in (None, run.args.dataset)
+    name, limit, root = dataset or run.args.dataset, run.args.limit if own else None, data
+    if root is None and (own or "folder" not in (dataset, run.args.dataset)):      # CIFAR and STL lie side by side
+        root = run.args.data
+    parts = []
     for part in (True, False):
-        limit = args.limit if own and part else None
-        root = data or (args.data if own or "folder" not in (dataset, args.dataset) else None) or "data"
-        images, labels, classes = train.read_dataset(dataset or args.dataset, root, part, args.image_size, limit)
-        parts.append((images, labels.view(len(labels), -1), classes))
+        loaded = train.load_dataset(name, root or "data", part, run.args.image_size, limit if part else None)
+        parts.append((loaded[0], loaded[1].view(len(loaded[1]), -1), loaded[2]))
     if own and [len(parts[0][0]), zlib.crc32(parts[0][0].numpy())] != run.images:
         note(f"{run.path} was trained on {run.images[0]} other images than the {len(parts[0][0])} here")
     return parts
 
 
-def table(run, ks=(20, 200), dataset=None, data=None, inside=True) -> list[dict]:
-    """A row for each tap (without `inside` for h and z alone), the untrained h last.
+def table(run: Run, data: list[tuple], ks=KS, inside=True) -> list[dict]:
+    """A row for each tap of `data`, from load_data; without `inside` for h and z alone. The untrained h is the last.
 
-    {tap, dim; linear, l2, held_out, knn20 ... for each kind of label; rank}. held_out is the linear probe's accuracy on
-    the fifth of the training part that chose its l2. The row of h also has `carrying`, where the head has weights.
+    {tap, dim; linear, l2, held_out, knn20 ... for each kind of label; rank}. The row of h also has `carrying`, where
+    the head has weights. COLUMNS says what they are.
     """
-    (all_images, train_labels, _), (test_images, test_labels, _) = load_data(run, dataset, data)
-    train_images, train_labels = labelled(all_images, train_labels, "training")
-    known = (test_labels >= 0).all(1)
-    _, labels = labelled(test_images, test_labels, "test")
-    names = (" shape", " hue") if labels.shape[1] == 2 else ("",)
-    if len(train_images) < 5 or not len(labels):
+    (images, labels, _), (test_images, test_labels, _) = data
+    known, test_known = labelled(labels, "training"), labelled(test_labels, "test")
+    kinds = KINDS if labels.shape[1] == 2 else ("",)
+    if known.sum() < 5 or not test_known.any():
         note("too few labels: no accuracies")
-        names = ()
-    rows = []
-    for name, source in trained_and_not(run):
-        a = features(source, train_images) if names else None
-        b = features(source, test_images)
-        for tap in [tap for tap in b if inside or tap in ("h", "z")]:
-            x, device = b[tap], b[tap].device
-            row = {"tap": tap + name, "dim": x.shape[1]}
-            for i, label in enumerate(names):
-                four = a[tap], train_labels[:, i].to(device), x[known], labels[:, i].to(device)
-                row["linear" + label], row["l2" + label], row["held_out" + label] = probe(*four)
-                row |= {f"knn{k}{label}": accuracy for k, accuracy in zip(ks, knn(*four, k=list(ks)))}
+        kinds = ()
+    votes = [k for k in ks if k < known.sum()]
+    if kinds and len(votes) < len(ks):
+        note(f"no kNN of as many neighbours as there are training images, {int(known.sum())}")
+    train_images, rows = images if known.all() else images[known], []
+    for suffix, source in (("", run), (" untrained", untrained(run))):
+        train_x = features(source, train_images, inside=inside) if kinds else {}
+        test_x = features(source, test_images, inside=inside)
+        progress = train.Progress(len(test_x), sys.stderr, what="tap")
+        for done, (tap, x) in enumerate(test_x.items(), 1):
+            row = {"tap": tap + suffix, "dim": x.shape[1]}
+            for i, kind in enumerate(kinds):
+                y, test_y = labels[known, i].to(x.device), test_labels[test_known, i].to(x.device)
+                four = train_x[tap], y, x[test_known], test_y
+                row["linear" + kind], row["l2" + kind], row["held_out" + kind] = probe(*four)
+                if votes:
+                    row |= {f"knn{k}{kind}": accuracy for k, accuracy in zip(votes, knn(*four, k=votes))}
             row["rank"] = projhead.effective_rank(x)
-            if tap + name == "h" and any(isinstance(layer, nn.Linear) for layer in layers(run.head)):
-                row["carrying"] = carrying(run, all_images)
             rows.append(row)
+            progress(done, tap + suffix)
+    if any(isinstance(layer, nn.Linear) for layer in run.head.modules()):
+        rows[0]["carrying"] = carrying(run, images)
     return rows
 
 
-def random_views(args, seed: int):
-    """A function uint8 (N, 3, S, S) -> normalized views as in training; made anew, it gives the same ones again."""
-    return functools.partial(train.augment, generator=train.generator(seed, 0, 1), crop_scale=args.crop_scale,
-                             hue=args.hue, grayscale=args.grayscale)
-
-
-def labelled(images: Tensor, labels: Tensor, part: str) -> tuple[Tensor, Tensor]:
-    """The images with a known label, and their labels; says on stderr how many have none."""
+def labelled(labels: Tensor, part: str) -> Tensor:
+    """Which rows of labels (M, kinds) are known, bool (M,); says on stderr how many are not."""
     known = (labels >= 0).all(1)
     if not known.all():
         note(f"{int((~known).sum())} of {len(known)} {part} images have no label, or one that no training image has: "
              "no probe sees them")
-    return images[known], labels[known]
+    return known
 
 
-def carrying(run, images: Tensor, batches: int = 10) -> float:
+def carrying(run: Run, images: Tensor, batches: int = 10) -> float:
     """How many features of h carry 99 % of sum_i (dL/dh_i)^2 var(h_i) in a mini-batch; L is the run's objective. The
     mean over mini-batches of views as in training; the networks are in eval mode, and the target is the stop-gradient
     one."""
     model = train.Model(run.encoder, run.head, run.predictor, None, None)
-    N = min(run.args.batch_size, len(images))
-    device, counts = next(run.encoder.parameters()).device, []
-    for x, _ in train.two_views(images, run.args, range(batches), max(1, len(images) // N), N, device):
+    N, device = min(run.args.batch_size, len(images)), next(run.encoder.parameters()).device
+    counts = []
+    for step in range(batches):
+        x, _ = train.two_views(images, run.args, step, len(images) // N, N, device)
         h = run.encoder(x).float().requires_grad_()
         train.objective(h, None, model, run.args).backward()
         counts.append(projhead.features_holding(h.grad.square().sum(dim=0) * h.detach().var(dim=0)))
     return statistics.mean(counts)
 
 
-# ---------------------------------------------------------------------------- what was done to an image
+# ---------------------------------------------------------------------------- the probes for what was done to an image
 
 def rotate(x: Tensor, y: Tensor) -> Tensor:
     """x (N, 3, S, S) turned counterclockwise by y (N,) quarter turns."""
@@ -288,89 +365,221 @@ def quadrant(x: Tensor, y: Tensor) -> Tensor:
     """Quadrant y (N,) of x (N, 3, S, S): upper left, upper right, lower left, lower right; resized to S."""
     S = x.shape[-1]
     size = y.new_full((1, 1, 1), S // 2)
-    rows, columns = (train.resize_matrix(half[:, None, None] * (S - S // 2), size, S, S)[:, None]
-                     for half in (y // 2, y % 2))
-    return rows @ x @ columns.mT
+    top, left = (half[:, None, None] * (S - S // 2) for half in (y // 2, y % 2))
+    rows, columns = train.resize_matrix(top, size, S, S), train.resize_matrix(left, size, S, S)     # N x S x S each
+    return rows[:, None] @ x @ columns[:, None].mT
 
 
 TRANSFORMS = {"rotation": (rotate, 4), "gray": (gray, 2), "quadrant": (quadrant, 4)}    # and classes
 
 
-def transform_table(run, dataset=None, data=None, inside=True) -> list[dict]:
-    """A row {tap, dim, rotation, gray, quadrant} for each tap (without `inside` for h and z alone), the
-    untrained h and chance last.
+def transform_table(run: Run, data: list[tuple], inside=True) -> list[dict]:
+    """A row {tap, dim, rotation, gray, quadrant} for each tap, without `inside` for h and z alone, then for the
+    untrained h and for chance.
 
     Each cell is a linear probe's accuracy in percent, for which of the transformation's classes was done to an image.
-    Every image gets one at random, the same for all taps. Only the first eval.PROBED training images of the run and
-    test images are looked at, and no labels. Raises UserError for fewer than 5 training images.
+    Every image gets one at random, the same for all taps. Only the first PROBED training images of the run and test
+    images are looked at, and no labels. Raises UserError for fewer than 5 training images.
     """
-    parts, rows = [images[:PROBED] for images, _, _ in load_data(run, dataset, data)], {}
-    if len(parts[0]) < 5:
-        raise UserError(f"--probe transform needs at least 5 training images, not {len(parts[0])}")
-    for column, (transform, classes) in TRANSFORMS.items():
-        for name, source in trained_and_not(run):
-            (a, a_y), (b, b_y) = (transformed(source, images, transform, classes, i) for i, images in enumerate(parts))
-            for tap in [tap for tap in a if inside or tap in ("h", "z")]:
-                begun = {"tap": tap + name, "dim": a[tap].shape[1]}
-                row = rows.setdefault(tap + name, begun)
-                row[column], row["l2 " + column] = linear_probe(a[tap], a_y, b[tap], b_y)
+    images, test_images = (part[:PROBED] for part, _, _ in data)
+    if len(images) < 5:
+        raise UserError(f"--probe transform needs at least 5 training images, not {len(images)}")
+    rows = {}
+    for suffix, source in (("", run), (" untrained", untrained(run))):
+        for column, (transform, classes) in TRANSFORMS.items():
+            x, y = transformed(source, images, transform, classes, 0, inside)
+            test_x, test_y = transformed(source, test_images, transform, classes, 1, inside)
+            progress = train.Progress(len(x), sys.stderr, what="tap")
+            for done, tap in enumerate(x, 1):
+                row = rows.setdefault(tap + suffix, {"tap": tap + suffix, "dim": x[tap].shape[1]})
+                row[column], row["l2 " + column] = linear_probe(x[tap], y, test_x[tap], test_y)
+                progress(done, f"{tap}{suffix}, {column}")
     chance = {column: 100 / classes for column, (_, classes) in TRANSFORMS.items()}
-    return [*rows.values(), {"tap": "chance", "dim": 0, **chance}]
+    return [*rows.values(), {"tap": "chance"} | chance]
 
 
-def transformed(run, images: Tensor, transform, classes: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+def transformed(run: Run, images: Tensor, transform, classes: int, seed: int, inside: bool) -> tuple[dict, Tensor]:
     """features() of uint8 images (M, 3, S, S), each transformed by a class of its own, and the classes (M,)."""
-    random, drawn = train.generator(seed, 0, 1), []
-    def view(batch):
-        drawn.append(torch.randint(classes, (len(batch),), generator=random).to(batch.device))
-        return train.normalize(transform(batch.float() / 255, drawn[-1]))
-    return features(run, images, view), torch.cat(drawn)
+    y = torch.randint(classes, (len(images),), generator=train.generator(seed, 0, 1))
+    y = y.to(next(run.encoder.parameters()).device)
+    def view(batch, rows):
+        return train.normalize(transform(batch.float() / 255, y[rows]))
+    return features(run, images, view, inside), y
+
+
+# ---------------------------------------------------------------------------- what is known of a run: a line of JSON
+
+MEASURES = (taps, features, probe, second_moment, fit, knn, table, labelled, carrying, rotate, gray, quadrant,
+            transform_table, transformed, projhead.effective_rank, projhead.features_holding)
+
+
+def measured(run: Run, probe: str, ks: list[int], dataset=None, data=None, inside=False) -> list[dict]:
+    """The rows of `table` or of `transform_table`: from RUN/eval.json where they are there for this checkpoint, this
+    question and this source of MEASURES, else measured now and put there."""
+    source = "".join(inspect.getsource(function) for function in MEASURES) + repr((L2, PROBED))
+    made_of, file, kept, loaded = [run.crc, zlib.crc32(source.encode())], run.path / "eval.json", {}, None
+    question = {"probe": probe, "ks": ks if probe == "labels" else None, "dataset": dataset, "data": data}
+    if (dataset or run.args.dataset) == "folder":           # its images are part of the question: they may change
+        loaded = load_data(run, dataset, data)
+        question["images"] = [[zlib.crc32(x.numpy()) for x in part[:2]] for part in loaded]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # no file, or not ours: measured anew
+        found = json.loads(file.read_text())
+        kept = dict(found["results"]) if found["made_of"] == made_of else {}
+    complete, asked = (json.dumps(question | {"inside": each}) for each in (True, inside))
+    rows = kept.get(complete) or kept.get(asked)
+    if not rows:
+        note(f"measuring {run.path}")
+        loaded = loaded or load_data(run, dataset, data)
+        rows = table(run, loaded, ks, inside) if probe == "labels" else transform_table(run, loaded, inside)
+        try:
+            with train.replacing(file) as new:
+                new.write(json.dumps({"made_of": made_of, "results": kept | {asked: rows}}).encode())
+        except UserError as e:                              # another's run, say: the table is shown all the same
+            note(f"not kept: {e}")
+    return [row for row in rows if inside or not is_inside(row["tap"])]
+
+
+def describe(run: Run) -> dict:
+    """A run's line, before anything is measured: its arguments and what it logged."""
+    log = []
+    with contextlib.suppress(OSError, ValueError):          # no log, or one that breaks off: as far as it goes
+        for text in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            log.append(json.loads(text))
+    return {"run": run.path.resolve().name, "step": run.step, "steps": run.steps, "images": run.images,
+            "args": vars(run.args), "log": log}
+
+
+def read_lines(files: list[str]) -> list[dict]:
+    """The lines of files that --json made; of two about the same run, the later one counts for all that it holds."""
+    found, needed = {}, {"run", "step", "steps", "images", "args", "log"}
+    for file in files:
+        for i, text in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            if not isinstance(line, dict) or needed - line.keys():
+                raise UserError(f"{file}, line {i}: not what eval.py --json writes")
+            key = json.dumps([line.get(name) for name in ("run", "args", "images", "dataset", "data")])
+            found[key] = found.get(key, {}) | line
+    return list(found.values())
+
+
+def elsewhere(line: dict, args) -> dict:
+    """Where a run is to be probed, if not with its own images: that is written into its line."""
+    dataset = {"dataset": args.dataset} if args.dataset not in (None, line["args"]["dataset"]) else {}
+    return dataset | ({"data": args.data} if args.data else {})
+
+
+def check_held(line: dict, probes: list[str], args) -> None:
+    """Raises UserError where a line from a file does not answer what is asked."""
+    missing = [f"--probe {probe}" for probe in probes if probe not in line]
+    columns = {key.split()[0] for row in line.get("labels", []) for key in row}
+    missing += [f"--k {k}" for k in args.k or () if f"knn{k}" not in columns]
+    if {key: line[key] for key in ("dataset", "data") if key in line} != elsewhere(line, args):
+        missing = ["these images: see --dataset and --data"]
+    if missing:
+        raise UserError(f"the line of {line['run']} does not have {missing[0]}; its folder is needed for that")
+
+
+# ---------------------------------------------------------------------------- methods: runs but for the seed
+
+def identity(line: dict) -> dict:
+    """What a run is: its arguments, without those of no meaning, the seed, and where it lies and computes."""
+    args = line["args"]
+    what = {flag: value for flag, value in args.items() if value is not None and flag not in ("seed", *train.PLACES)}
+    return what | ({"data": Path(args["data"]).name} if args["dataset"] == "folder" else {})
+
+
+def flags(line: dict) -> list[str]:
+    """What a run is called, flag by flag, the head first."""
+    args, header = line["args"], (line["log"] or [{}])[0]
+    called = f"--head {args['head']}" + (f" --predictor {args['predictor']}" if args["predictor"] != "none" else "")
+    if "called" in args:
+        called = args["called"]
+    elif "command" in header:                               # a run from before that was kept
+        with contextlib.suppress(UserError):                # a flag that there is no more
+            called = train.parse_args(shlex.split(header["command"].partition("train.py")[2])).called
+    words = called.split()
+    return [f"{flag} {value}" for flag, value in zip(words[::2], words[1::2])]
+
+
+def methods(lines: list[dict]) -> tuple[dict, list[str]]:
+    """({label: {seed: line}}, the flags that all share). A label is what else a run is called, and always its head;
+    where two have one label, also what differs in their arguments. Raises UserError for a seed twice."""
+    groups, named = {}, {}
+    for line in lines:
+        seeds, seed = groups.setdefault(json.dumps(identity(line), sort_keys=True), {}), line["args"]["seed"]
+        if seed in seeds:
+            raise UserError(f"{line['run']} has the flags and the seed of {seeds[seed]['run']}: leave one out")
+        seeds[seed] = line
+    firsts = [next(iter(seeds.values())) for seeds in groups.values()]
+    shared = set.intersection(*(set(flags(line)) for line in firsts))
+    shared = {flag for flag in shared if not flag.startswith("--head ")}
+    labels = [" ".join(flag for flag in flags(line) if flag not in shared) for line in firsts]
+    for label, line, seeds in zip(labels, firsts, groups.values()):
+        own, alike = identity(line), [identity(other) for other, its in zip(firsts, labels) if its == label]
+        for flag in sorted({flag for what in alike for flag in what}):
+            if any(what.get(flag) != own.get(flag) for what in alike):
+                label += f" --{flag.replace('_', '-')} {own.get(flag)}"
+        named[label] = seeds
+    return named, [flag for flag in flags(firsts[0]) if flag in shared]
+
+
+def values(line: dict, inside: bool) -> dict:
+    """{(column, tap): value} of a line's rows, and for h of the last line of its log."""
+    found, last = {}, (line["log"] or [{}])[-1]
+    for row in line.get("labels", []) + line.get("transform", []):
+        if inside or not is_inside(row["tap"]):
+            found |= {(key, row["tap"]): math.nan if value is None else value for key, value in row.items()}
+    logged = [name for name in COLUMNS if COLUMNS[name].source == "log" and last.get(name) is not None]
+    return found | {(name, "h"): last[name] for name in logged}
+
+
+def rows_of(named: dict, inside: bool) -> dict:
+    """{label: {seed: values}}: the untrained encoders first, then the methods."""
+    rows = {label: {seed: values(line, inside) for seed, line in seeds.items()} for label, seeds in named.items()}
+    start, counts = {}, {line["images"][0] for seeds in named.values() for line in seeds.values()}
+    for label, seeds in named.items():
+        for seed, line in seeds.items():
+            name = f"untrained {line['args']['encoder']}"
+            name += f", {line['images'][0]} images" if len(counts) > 1 else ""      # no mean over what saw fewer images
+            first = {(key, "h"): value for (key, tap), value in rows[label][seed].items() if tap == "h untrained"}
+            start.setdefault(name, {})[seed] = first
+    return {label: seeds for label, seeds in start.items() if any(seeds.values())} | rows
 
 
 # ---------------------------------------------------------------------------- tables
 
-def measured(run, question: dict) -> list[dict]:
-    """The rows that answer the question {probe, ks, dataset, data, inside}: from RUN/eval.json, if they are there for
-    this checkpoint, else measured now and put there (a folder's images may change: always now)."""
-    file, key, results = run.path / "eval.json", json.dumps(question), {}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # no file, or not ours: measured anew
-        kept = json.loads(file.read_text())
-        results = dict(kept["results"]) if kept["checkpoint"] == run.crc else {}
-    complete = json.dumps(question | {"inside": True})
-    key = complete if complete in results else key
-    if key in results and (question["dataset"] or run.args.dataset) != "folder":
-        return [row for row in results[key] if question["inside"] or not row["tap"].startswith(("g[", "p"))]
-    note(f"measuring {run.path}")
-    where = question["dataset"], question["data"], question["inside"]
-    rows = transform_table(run, *where) if question["probe"] == "transform" else table(run, question["ks"], *where)
-    try:
-        with train.replacing(file) as new:
-            new.write(json.dumps({"checkpoint": run.crc, "step": run.step, "results": results | {key: rows}}).encode())
-    except UserError as e:                              # another's run, say: the table is shown all the same
-        note(f"not kept: {e}")
-    return rows
+def columns_of(typed: list[str] | None, probes: list[str], ks: list[int], shapes: bool) -> dict[str, Column]:
+    """{name: column}: those of --columns, typed by whole names or first words, else those that a table shows by itself,
+    of these probes and of the logs. Raises UserError for a name that there is not."""
+    names = {}
+    for name, column in COLUMNS.items():
+        for each in [f"knn{k}" for k in ks] if name == "knn" else [name]:
+            for kind in KINDS if shapes and name in PER_LABEL else ("",):
+                if column.source in (*probes, "log"):
+                    names[each + kind] = column
+    if not typed:
+        hidden = f"knn{KS[0]}" if ks == KS else ""          # of typed ks all are shown
+        return {name: column for name, column in names.items() if column.shown and name.split()[0] != hidden}
+    chosen = {}
+    for word in typed:
+        meant = {name: column for name, column in names.items() if word in (name, name.split()[0])}
+        if not meant:
+            raise UserError(f"--columns: no column {word}; there are {', '.join(names)}")
+        chosen |= meant
+    return chosen
 
 
-def cell(key: str, values: list, difference: bool = False) -> str:
-    """One value, or mean±standard deviation; of differences the half-width of their mean's 95 % interval instead."""
-    if not values or isinstance(values[0], str):
-        return values[0] if values else ""
-    fractions = ("pruned",)
-    digits = 0 if key == "dim" else 2 if key.split()[0] in fractions else 1
-    mean, n = f"{statistics.mean(values):{'+' * difference}.{digits}f}", len(values)
-    if n == 1 or key == "dim":
-        return mean
-    deviation = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-    return f"{mean}±{deviation * (T95[min(n, 10) - 2] / n**0.5 if difference else 1):.{digits}f}"
-
-
-def shown(keys, columns: list[str] | None, usual: tuple) -> list[str]:
-    """The keys that --columns names, by a whole name or its first word; without it the usual ones. Raises UserError."""
-    keys = [key for key in keys if not key.startswith("l2")]
-    unknown = [name for name in columns or () if not any(name in (key, key.split()[0]) for key in keys)]
-    if unknown:
-        raise UserError(f"--columns: no column {unknown[0]}; there are {', '.join(keys)}")
-    return [key for key in keys if key in (columns or usual) or key.split()[0] in (columns or usual)]
+def cell(form: str, numbers: list, difference: bool = False) -> str:
+    """One value, or `66.0 (sd 0.5)`; of differences `+0.5±0.2`, with the half-width of their mean's 95 % interval."""
+    if len(numbers) < 2:
+        return f"{numbers[0]:{'+' * difference}{form}}" if numbers else ""
+    mean, n = statistics.mean(numbers), len(numbers)
+    deviation = statistics.stdev(numbers) if math.isfinite(mean) else math.nan
+    half_width = deviation * T95[min(n, 10) - 2] / n ** 0.5
+    return f"{mean:+{form}}±{half_width:{form}}" if difference else f"{mean:{form}} (sd {deviation:{form}})"
 
 
 def print_table(lines: list[list]) -> None:
@@ -382,226 +591,295 @@ def print_table(lines: list[list]) -> None:
         train.say("| " + " | ".join(str(value).ljust(width) for value, width in zip(line, widths)) + " |")
 
 
-def one_table(run, question: dict, columns: list[str] | None) -> None:
-    """Print a row for each tap."""
-    rows = measured(run, question)
-    usual = ("linear", f"knn{question['ks'][0]}", "rank", *TRANSFORMS)
-    keys = ["tap", "dim", *shown(list(rows[0])[2:], columns, usual)]
-    train.say(f"{run.path}, step {run.step} of {run.steps}; accuracies in percent, on test images")
-    print_table([keys, *([cell(key, [row[key]] if key in row else []) for key in keys] for row in rows)])
+def one_table(line: dict, columns: dict[str, Column], inside: bool) -> None:
+    """Print a row for each tap of a run."""
+    found, lines = values(line, inside), [["tap", "dim", *columns]]
+    for tap in dict.fromkeys(tap for name, tap in found if name in columns):
+        numbers = {name: [found[name, tap]] if (name, tap) in found else [] for name in columns}
+        lines.append([tap, found.get(("dim", tap), ""), *(cell(columns[name].form, numbers[name]) for name in columns)])
+    train.say(f"{line['run']}, step {line['step']} of {line['steps']}; accuracies in percent, on test images")
+    print_table(lines)
 
 
-def collect(runs: list, question: dict) -> tuple[dict, list[str]]:
-    """({flags of a method: {seed: {(column, tap): value}}}, the flags that all share); the untrained encoders first."""
-    kinds = sorted({run.args.dataset for run in runs})
-    if len(kinds) > 1 and not question["dataset"]:
-        raise UserError(f"the runs are of different data sets, {' and '.join(kinds)}: name one for all by --dataset")
-    start, methods, several = {}, {}, len({run.images[0] for run in runs}) > 1
-    for run in runs:
-        args, rows = run.args, measured(run, question)
-        head = [f"--head {args.head}"] if args.predictor == "none" else []         # named also where it is the default
-        flags = head + [flag for flag in train.flags(args) if flag not in head and not flag.startswith("--seed ")]
-        flags += [f"--data {os.path.basename(args.data)}"] if args.dataset == "folder" else []
-        values = {(key, row["tap"]): value for row in rows for key, value in row.items() if key != "tap"}
-        if args.seed in methods.get(tuple(flags), {}):
-            raise UserError(f"{run.path} has the flags and the seed of another run here: leave one out")
-        logged = {(key, "h"): value for key, value in last_epoch(run).items()}
-        methods.setdefault(tuple(flags), {})[args.seed] = values | logged
-        start.setdefault(f"untrained {args.encoder}" + f", {run.images[0]} images" * several, {})[args.seed] = {
-            (key, "h"): value for (key, tap), value in values.items()
-            if tap == "h untrained"}
-        if run.step < run.steps:
-            note(f"{run.path} is not finished: step {run.step} of {run.steps}")
-    common = set.intersection(*map(set, methods)) if len(methods) > 1 else set()
-    named = {" ".join(flag for flag in flags if flag not in common) or "as above": seeds
-             for flags, seeds in methods.items()}
-    return start | named, sorted(common)
-
-
-def last_epoch(run) -> dict:
-    """What the run's last line of metrics.jsonl says of its heads, as far as known."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        line = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])
-        return {key: line[key] for key in ("pruned", "offdiag", "moved") if key in line}
-    return {}
-
-
-def many_table(runs: list, question: dict, columns: list[str] | None, taps: bool, against: str | None) -> None:
-    """Print a row for each method, or for each tap of each: runs that differ in the seed alone are one row. With
-    `against`, the flags of a row as this table prints them, the others are differences from it over shared seeds."""
-    methods, common = collect(runs, question)
-    if against and against not in methods:
-        raise UserError(f"--against: no row {against!r}; there are {', '.join(map(repr, methods))}")
-    base = methods.get(against, {})
-    def values(name, column):
-        own = {seed: found[column] for seed, found in methods[name].items() if column in found}
-        if against in (None, name):
-            return list(own.values())
-        return [value - base[seed][column] for seed, value in own.items() if column in base.get(seed, {})]
-    every = list(dict.fromkeys(column for seeds in methods.values() for found in seeds.values() for column in found))
-    usual = ("linear", "held_out", f"knn{question['ks'][-1]}", "rank", "carrying", "pruned", "offdiag", "moved")
-    keys = dict.fromkeys(key for key, _ in every if key != "dim")
-    keys = shown(list(keys), columns, (*usual, *TRANSFORMS))
-    of_z = [key for key in keys if columns or not key.startswith(("held_out", "knn"))]
-    wide = [(key, tap) for key in keys for tap in ("h", "z") if (key, tap) in every and (tap == "h" or key in of_z)]
-    lines = [["flags", "n", *(("tap", *keys) if taps else (f"{key} {tap}" for key, tap in wide))]]
-    for name, seeds in methods.items():
-        difference = against not in (None, name)
-        n = len(seeds.keys() & base.keys() if difference else seeds)
-        for tap in dict.fromkeys(tap for found in seeds.values() for _, tap in found) if taps else ("",):
-            cells = [(key, tap) for key in keys] if taps else wide
-            lines.append([f"`{name}`", n, *([tap] if taps else []),
-                          *(cell(key, values(name, (key, tap)), difference) for key, tap in cells)])
+def many_table(named: dict, common: list[str], columns: dict[str, Column], args) -> None:
+    """Print a row for each method, with --taps for each tap of each. With --against, the label of a row, all others are
+    differences from it over the seeds that both have."""
+    rows, lines = rows_of(named, args.taps), []
+    wide = [(name, tap) for name in columns for tap in ("h", "z") if args.columns or tap in columns[name].shown.split()]
+    for label, seeds in rows.items():
+        base = rows[args.against] if args.against not in (None, label) else None
+        shared = [seed for seed in seeds if base is None or seed in base]
+        def text(name, tap):
+            own = {seed: seeds[seed][name, tap] for seed in shared if (name, tap) in seeds[seed]}
+            if base is None:
+                return cell(columns[name].form, list(own.values()))
+            pairs = [(value, base[seed][name, tap]) for seed, value in own.items() if (name, tap) in base[seed]]
+            return cell(columns[name].form, [value - other for value, other in pairs], difference=True)
+        start = [f"`{label}`", len(shared)]
+        if args.taps:
+            here = dict.fromkeys(tap for found in seeds.values() for name, tap in found if name in columns)
+            lines += [[*start, tap, *(text(name, tap) for name in columns)] for tap in here if tap != "h untrained"]
+        else:
+            lines.append([*start, *(text(*each) for each in wide)])
     if common:
         train.say(f"all: {' '.join(common)}")
-    print_table(lines)
+    print_table([["flags", "n", *(["tap", *columns] if args.taps else map(" ".join, wide))], *lines])
+    if args.against:
+        train.say(f"All but `{args.against}` are differences from it, paired by seed: their mean over the n seeds that "
+                  "both have ± the half-width of its 95 % interval (Student's t)")
+
+
+# ---------------------------------------------------------------------------- plots
+
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")      # Okabe and Ito's
+
+
+def axis(numbers: list[float]) -> list[float]:
+    """Round numbers in equal steps, from the smallest or below to the largest or above."""
+    low, span = min(numbers), max(numbers) - min(numbers) or 1
+    power = 10 ** math.floor(math.log10(span / 5))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span <= 5 * power * factor)
+    first = math.floor(low / step)
+    return [step * i for i in range(first, max(first + 1, math.ceil(max(numbers) / step)) + 1)]
+
+
+def draw(path: str, series: dict[str, list], x_name: str, y_name: str, radius: int) -> None:
+    """Write an SVG of {label: [(x, y, whether its dot is filled), ...]}: lines with dots, each of its own colour."""
+    xs, ys = (axis([point[i] for points in series.values() for point in points]) for i in (0, 1))
+    def across(x):
+        return round(75 + 435 * (x - xs[0]) / (xs[-1] - xs[0]), 1)
+    def up(y):
+        return round(420 - 400 * (y - ys[0]) / (ys[-1] - ys[0]), 1)
+    def text(x, y, words, anchor="middle", more=""):
+        return f'<text x="{x}" y="{y}" text-anchor="{anchor}" {more}>{html.escape(words)}</text>'
+    parts = ['<rect width="830" height="490" fill="white"/><path d="M75 20V420H510" fill="none" stroke="#888"/>',
+             text(292, 472, x_name), text(-220, 22, y_name, more='transform="rotate(-90)"')]
+    parts += [f'<path d="M{across(x)} 420v5" stroke="#888"/>{text(across(x), 442, f"{x:.4g}")}' for x in xs]
+    parts += [f'<path d="M75 {up(y)}h-5" stroke="#888"/>{text(66, up(y) + 5, f"{y:.4g}", "end")}' for y in ys]
+    below = 34                                              # where the legend goes on
+    for i, (label, points) in enumerate(series.items()):
+        colour, dash = COLOURS[i % len(COLOURS)], "7 4" if i >= len(COLOURS) else "none"
+        stroke = f'stroke="{colour}" stroke-width="2.5" stroke-dasharray="{dash}"'
+        corners = " ".join(f"{across(x)},{up(y)}" for x, y, _ in points)
+        parts.append(f'<polyline points="{corners}" fill="none" {stroke}/><path d="M528 {below - 5}h22" {stroke}/>')
+        for x, y, filled in points:
+            fill = colour if filled else "white"
+            parts.append(f'<circle cx="{across(x)}" cy="{up(y)}" r="{radius}" fill="{fill}" stroke="{colour}" '
+                         'stroke-width="2.5"/>')
+        for words in textwrap.wrap(label, 32, break_on_hyphens=False):
+            parts.append(text(558, below, words, "start"))
+            below += 20
+        below += 5
+    if not all(filled for points in series.values() for *_, filled in points):
+        parts.append(text(528, below + 10, "filled: h, hollow: z", "start"))
+    with train.replacing(Path(path)) as file:
+        file.write('\n'.join(['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 830 490" width="830" height="490" '
+                              'font-family="sans-serif" font-size="15">', *parts, "</svg>\n"]).encode())
+    train.say(f"{path}: {y_name} by {x_name}")
+
+
+def plot(path: str, named: dict, x_name: str, y_name: str) -> None:
+    """Draw h and z of each method where two columns have them, or a key of metrics.jsonl by epoch: means over seeds."""
+    rows, places = rows_of(named, inside=False), ("h", "z")
+    if x_name == "epoch":                                   # the log, with an epoch in place of a tap
+        def logged(line):
+            return {(key, epoch["epoch"]): math.nan if value is None else value
+                    for epoch in line["log"][1:] for key, value in epoch.items()}
+        rows = {label: {seed: logged(line) for seed, line in seeds.items()} for label, seeds in named.items()}
+        places = sorted({epoch for seeds in rows.values() for found in seeds.values() for _, epoch in found})
+    series = {}
+    for label, seeds in rows.items():
+        for place in places:
+            pairs = [[found.get((name, place), math.nan) for name in (x_name, y_name)] for found in seeds.values()]
+            pairs = [pair for pair in pairs if math.isfinite(sum(pair))]
+            if pairs:
+                x, y = map(statistics.mean, zip(*pairs))
+                series.setdefault(label, []).append((x, y, place != "z"))
+    if not series:
+        raise UserError(f"--plot: no run has both {x_name} and {y_name}")
+    draw(path, series, x_name, y_name, radius=2 if x_name == "epoch" else 6)
 
 
 # ---------------------------------------------------------------------------- pictures
 
-def letter(draw, x, y, width, text, align=0.0, size=12) -> None:
-    """Draw text below y, between x and x + width, at the left (align 0) or in the middle (0.5); cut where too wide."""
-    from PIL import ImageFont
-    font = ImageFont.load_default(size)
-    while text and font.getlength(text) > width:
-        text = text[:-1]
-    draw.text((x + align * (width - font.getlength(text)), y), text, fill="black", font=font)
+WHITE, BLACK, GREEN = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (0.0, 0.6, 0.3)
 
 
-def picture_type(path) -> str:
-    """Pillow's name for the type of picture that path names. Raises UserError where it can write none such."""
-    from PIL import Image
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in Image.SAVE:
-        raise UserError(f"{path} names no type of picture that can be written: try out.png")
-    return kind
-
-
-def picture(rows: list, path, title: str = "") -> None:
-    """Write a grid of images to path: rows of (label, tiles), a tile being (image, caption) or (image, caption, color).
-
-    An image is uint8 (3, S, S), or None for an empty place; small ones are enlarged by the smallest whole factor that
-    makes at least 96 pixels of them. A color frames the tile. A row without tiles is a thin line. Raises UserError for
-    a path that cannot be written.
-    """
-    from PIL import Image, ImageDraw
-    from torchvision.transforms.functional import to_pil_image
-    sizes = [image.shape[-1] for _, tiles in rows for image, *_ in tiles if image is not None]
-    side = math.ceil(96 / sizes[0]) * sizes[0] if sizes else 96
-    left = 12 + min(100, max((10 + 10 * len(label) for label, _ in rows if label), default=0))
-    width = max(left + (side + 10) * max((len(tiles) for _, tiles in rows), default=0), min(640, 24 + 10 * len(title)))
-    sheet = Image.new("RGB", (width, 40 + sum(side + 26 if tiles else 10 for _, tiles in rows)), "white")
-    draw, y = ImageDraw.Draw(sheet), 36
-    letter(draw, 12, 8, width - 24, title, size=16)
-    for label, tiles in rows:
-        if not tiles:
-            draw.line([(12, y + 2), (width - 12, y + 2)], fill="lightgray")
-        letter(draw, 12, y + side / 2 - 8, left - 18, label, size=14)
-        for x, (image, caption, *color) in zip(range(left, width, side + 10), tiles):
-            if image is not None:
-                sheet.paste(to_pil_image(image).resize((side, side), Image.NEAREST), (x, y))
-            if color:
-                draw.rectangle([x - 3, y - 3, x + side + 2, y + side + 2], outline=color[0], width=3)
-            letter(draw, x - 2, y + side + 3, side + 4, caption, align=0.5)
-        y += side + 26 if tiles else 10
+def picture(path: str, rows: list[list]) -> None:
+    """Write a grid of tiles (image uint8 (3, S, S), the colour of its frame); small images are enlarged."""
+    tiles = []
+    for image, colour in [tile for row in rows for tile in row]:
+        times = math.ceil(64 / image.shape[-1])
+        image = image.repeat_interleave(times, 1).repeat_interleave(times, 2)
+        tile = torch.tensor(colour)[:, None, None].repeat(1, image.shape[1] + 8, image.shape[2] + 8)
+        tile[:, 4:-4, 4:-4] = image / 255
+        tiles.append(tile)
     with train.replacing(Path(path)) as file:
-        sheet.save(file, picture_type(path))
-    train.say(f"{path}: {sheet.width} x {sheet.height} pixels")
+        save_image(tiles, file, format="png", nrow=len(rows[0]), pad_value=1.0)
+    train.say(f"{path}: in black frames the images, beside each what is said above")
 
 
-def draw_neighbors(run, path, dataset=None, data=None, n: int = 8, k: int = 8) -> None:
-    """Write a picture: the first n test images, each with its k nearest training images of the run, by cosine of h and,
-    where there is a head, of z. Images of the test image's class are framed. Raises UserError."""
-    (train_images, train_labels, classes), (test_images, test_labels, _) = load_data(run, dataset, data)
-    def name(labels):
-        return classes[labels[0]] if labels[0] >= 0 else ""
-    a, b, rows = features(run, train_images), features(run, test_images[:n]), []
-    cosines = {tap: F.normalize(b[tap], dim=1) @ F.normalize(a[tap], dim=1).T for tap in ("h", "z") if tap in b}
-    for i in range(len(b["h"])):
-        for tap in cosines:
-            tiles = [(test_images[i], name(test_labels[i]) or "no class") if tap == "h" else (None, "")]
-            for j in cosines[tap][i].topk(min(k, len(a[tap]))).indices.tolist():
-                same = test_labels[i, 0] >= 0 and test_labels[i, 0] == train_labels[j, 0]
-                tiles.append((train_images[j], name(train_labels[j]), *["green"] * bool(same)))
-            rows.append((tap, tiles))
-        rows.append(("", []))
-    picture(rows[:-1], path, f"{run.path}: test images, then their nearest training images, framed if of one class")
+def draw_neighbors(path: str, run: Run, dataset=None, data=None, n: int = 4, k: int = 8) -> None:
+    """Draw the first n test images, each with its k nearest training images by cosine of h, and of z; those of its
+    class in green frames."""
+    (images, labels, classes), (test_images, test_labels, _) = load_data(run, dataset, data)
+    x, test_x = features(run, images, inside=False), features(run, test_images[:n], inside=False)
+    rows = []
+    for i, label in enumerate(test_labels[:n, 0].tolist()):
+        for tap in test_x:
+            cosines = F.normalize(x[tap], dim=1) @ F.normalize(test_x[tap][i], dim=0)
+            near = cosines.topk(min(k, len(images))).indices.tolist()
+            same = [label >= 0 and labels[j, 0].item() == label for j in near]
+            rows.append([(test_images[i], BLACK), *((images[j], GREEN if s else WHITE) for j, s in zip(near, same))])
+            train.say(f"row {len(rows)}: test image {i}, {classes[label] if label >= 0 else 'of no class'}, and its "
+                      f"{len(near)} nearest training images by {tap}, {sum(same)} of its class in green frames")
+    picture(path, rows)
 
 
-def draw_views(run, path, data=None, n: int = 8, k: int = 8) -> None:
-    """Write a picture: the first n training images of the run, each with k views of it as training makes them."""
-    args = run.args
-    images, _ = train.load_dataset(args.dataset, data or args.data, True, args.image_size, args.limit)
-    images, view = images[:n], random_views(args, args.seed)
+def draw_views(path: str, run: Run, data=None, n: int = 4, k: int = 8) -> None:
+    """Draw the first n training images of the run, each with k views of it as training makes them."""
+    args, g = run.args, train.generator(run.args.seed, 0, 1)
     mean, std = torch.tensor([train.MEAN, train.STD])[..., None, None]
-    views = [((view(images) * std + mean).clamp(0, 1) * 255).round().to(torch.uint8) for _ in range(k)]
-    rows = [("", [(image, "image"), *((each[i], f"view {j}") for j, each in enumerate(views, 1))])
-            for i, image in enumerate(images)]
-    picture(rows, path, f"{run.path}: images and views of them")
+    images = load_data(run, None, data)[0][0][:n]
+    views = [train.augment(images, g, args.crop_scale, args.hue, args.grayscale) * std + mean for _ in range(k)]
+    train.say(f"rows 1 to {len(images)}: a training image each, and {k} views of it")
+    picture(path, [[(image, BLACK), *((view[i].clamp(0, 1) * 255, WHITE) for view in views)]
+                   for i, image in enumerate(images)])
 
 
 # ---------------------------------------------------------------------------- the command
 
-def main() -> None:
-    p = train.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("run", nargs="*", metavar="RUN", help="runs' folders (default: the newest in ./runs/)")
-    p.add_argument("--dataset", choices=train.SIZES, help="other labelled images, same encoder (default: the run's)")
-    p.add_argument("--data", metavar="DIR", help="where it lies (default: where the run found its own, else data)")
-    p.add_argument("--probe", choices=["labels", "transform"], default="labels",
-                   help="for the labels, or for rotation, gray and quadrant of an image (default: labels)")
-    p.add_argument("--k", type=train.number(int, 1), nargs="+", help="neighbours for kNN (default: 20 200)")
-    p.add_argument("--columns", nargs="+", metavar="NAME", help="to print, by name or first word (default: some)")
-    p.add_argument("--taps", action="store_true", help="also the layers inside the head, and p: a row for each tap")
-    p.add_argument("--against", metavar="FLAGS", help="of several runs: differences from the row with these flags, "
-                   "over shared seeds, with the half-width of their mean's 95 %% t interval")
-    p.add_argument("--json", action="store_true", help="a line of JSON for each run, with all columns, and no table")
-    p.add_argument("--neighbors", metavar="PNG", help="draw test images and their nearest training images")
-    p.add_argument("--views", metavar="PNG", help="draw training images and views of them")
-    p.add_argument("--device", default=train.default_device(), help="(default: torch's accelerator, else cpu)")
+def file_name(ending: str):
+    """An argparse type: a path with that ending."""
+    def parse(text):
+        if not text.lower().endswith(ending):
+            raise argparse.ArgumentTypeError(f"{text} does not end in {ending}")
+        return train.path(text)
+    return parse
+
+
+def parse_args() -> argparse.Namespace:
+    first, _, rest = __doc__.split("\n", 2)
+    columns = "\n".join(f"  {name:11}{column.meaning}" for name, column in COLUMNS.items())
+    p = train.Parser("python eval.py", description=first, epilog=f"{rest}\ncolumns:\n{columns}", allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("run", nargs="*", type=train.path, metavar="RUN", help="Folders of runs, or files of lines that --json made. "
+        "Default: the newest folder in runs/.")
+    add("--rows", nargs="+", metavar="FLAGS", help="Only the runs with all of these flags of train.py, quoted as one; "
+        "of several such, the runs that fit any.")
+    add("--columns", nargs="+", metavar="NAME", help="Only these columns, by whole names or first words; with --plot x "
+        "and y, of which x may be epoch and y a key of metrics.jsonl.")
+    add("--taps", action="store_true", help="Also the layers inside the head, and p: a row for each tap.")
+    add("--probe", choices=["labels", "transform"], help="Probes for the labels, or for what was done to an image. "
+        "Default: what --columns needs, else labels; with --json both.")
+    add("--k", type=train.number(int, 1), nargs="+", metavar="K", help="Neighbours of kNN, each a column. "
+        "Default: 20 200, of which a table has the latter.")
+    add("--dataset", choices=train.SIZES, help="Other labelled images to probe with. Default: the run's own.")
+    add("--data", type=train.path, metavar="DIR",
+        help="Where they lie. Default: where the run found its own, or data.")
+    add("--device", default=train.default_device(), help="Default: torch's accelerator where there is one, else cpu.")
+    add = p.add_mutually_exclusive_group().add_argument
+    add("--against", metavar="FLAGS", help="Differences from the row that has these flags, paired by seed.")
+    add("--json", action="store_true", help="A line of JSON for each run in place of a table, with all columns.")
+    add("--plot", type=file_name(".svg"), metavar="SVG", help="A plot of two columns: h and z of each method.")
+    add("--neighbors", type=file_name(".png"), metavar="PNG", help="A picture: test images, nearest training images.")
+    add("--views", type=file_name(".png"), metavar="PNG", help="A picture: training images and views of them.")
     args = p.parse_args()
-    drawn, table = args.neighbors or args.views, args.taps or args.against or args.columns
+    args.data = args.data and os.path.abspath(args.data)
+    pictured = args.neighbors or args.views
     for clash, why in (
-            (args.neighbors and args.views, "draw one picture at a time"),
-            (drawn and (args.json or table or args.k or args.probe == "transform"),
-             "--neighbors and --views draw a picture instead of a table"),
-            (drawn and len(args.run) > 1, "--neighbors and --views take one run"),
+            (pictured and (args.rows or args.columns or args.taps or args.probe or args.k or len(args.run) > 1),
+             "--neighbors and --views draw a picture of one run, and no table"),
             (args.views and args.dataset, "--views is of the run's own data set"),
-            (args.k and args.probe == "transform", "--k: there is kNN in the table of label probes only"),
-            (args.json and table, "--json has all taps and columns"),
-            (args.against and len(args.run) < 2, "--against is for several runs")):
+            (args.k and args.probe == "transform", "--k: there is kNN among the label probes only"),
+            (args.json and args.columns, "--json has all columns")):
         if clash:
             raise UserError(why)
-    if drawn:
-        picture_type(drawn)                 # before anything is measured
-    if not args.run:
-        runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda f: f.stat().st_mtime)
-        if not runs:
-            raise UserError("no run in runs/: make one by python train.py, or name its folder")
-        args.run = runs[-1:]
-    runs = [load_run(path, train.usable(args.device)) for path in args.run]
-    if len({run.path.resolve() for run in runs}) < len(runs):
-        raise UserError("a run is named twice")
-    if args.data and any((args.dataset or run.args.dataset) == "shapes" for run in runs):
-        raise UserError("--data: shapes are drawn, not read: name a --dataset")
-    data = args.data and os.path.abspath(args.data)
-    question = {"probe": args.probe, "ks": args.k or [20, 200], "dataset": args.dataset, "data": data,
-                "inside": args.taps or args.json}
-    if args.neighbors:
-        draw_neighbors(runs[0], args.neighbors, args.dataset, args.data)
-    elif args.views:
-        draw_views(runs[0], args.views, args.data)
-    elif args.json:
-        for run in runs:
-            rows = [{key: None if isinstance(value, float) and not math.isfinite(value) else value
-                     for key, value in row.items()} for row in measured(run, question)]        # JSON has no NaN
-            log = run.path / "metrics.jsonl"
-            log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-            train.say(json.dumps({"run": run.path.name, "step": run.step, "steps": run.steps, "images": run.images,
-                                  "args": vars(run.args), "log": log, args.probe: rows}))
-    elif len(runs) > 1:
-        many_table(runs, question, args.columns, args.taps, args.against)
+    return args
+
+
+def matching(found: list[tuple], texts: list[str]) -> list[tuple]:
+    """The pairs (line, run) with all flags of any of these texts. Raises UserError for a text that fits none."""
+    kept = []
+    for text in texts:
+        typed = {flag: value for flag, value in vars(train.parser().parse_args(shlex.split(text))).items()
+                 if value is not None}
+        fits = [pair for pair in found if typed.items() <= pair[0]["args"].items()]
+        if not fits:
+            raise UserError(f"--rows: no run has {text}")
+        kept += fits
+    return [pair for pair in found if pair in kept]
+
+
+def full_float32() -> None:
+    """float32 means float32 on GPUs, which would shorten it to TF32 in convolutions."""
+    if hasattr(torch.backends, "fp32_precision"):           # torch 2.9 and newer
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
     else:
-        one_table(runs[0], question, args.columns)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def main() -> None:
+    args = parse_args()
+    full_float32()
+    newest = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda file: file.stat().st_mtime)[-1:]
+    paths, device = args.run or [str(file) for file in newest], train.usable(args.device)
+    if not paths:
+        raise UserError("no run in runs/: make one by python train.py, or name its folder")
+    files = [path for path in paths if path.endswith(".jsonl")]
+    runs = [load_run(path, device) for path in paths if path not in files]
+    if args.neighbors or args.views:
+        if files:
+            raise UserError("--neighbors and --views need a run's folder")
+        if args.neighbors:
+            draw_neighbors(args.neighbors, runs[0], args.dataset, args.data)
+        else:
+            draw_views(args.views, runs[0], args.data)
+        return
+
+    found = [*((line, None) for line in read_lines(files)), *((describe(run), run) for run in runs)]
+    found = matching(found, args.rows) if args.rows else found          # each with the run to measure, or None
+    lines, ks = [line for line, _ in found], args.k or KS
+    if not found:
+        raise UserError(f"no line in {', '.join(files)}")
+    kinds = sorted({args.dataset or line["args"]["dataset"] for line in lines})
+    by_epoch = args.plot and args.columns and args.columns[0] == "epoch"
+    probes = ["labels", "transform"] if args.json or args.columns else ["labels"]
+    probes = [args.probe] if args.probe else probes
+    columns = {} if by_epoch else columns_of(args.columns, probes, ks, kinds == ["shapes"])
+    if not args.json:
+        probes = [probe for probe in probes if any(column.source == probe for column in columns.values())]
+    x_and_y = args.columns if by_epoch else list(columns)
+    x_and_y = x_and_y if args.columns else x_and_y[:2]
+    named, common = ({}, []) if args.json else methods(lines)
+    for clash, why in (
+            (len(kinds) > 1 and not args.json,
+             f"the runs are of different data sets, {' and '.join(kinds)}: name one for all by --dataset"),
+            (args.data and "shapes" in kinds, "--data: shapes are drawn, not read: name a --dataset"),
+            (args.plot and len(x_and_y) != 2, f"--plot takes two columns, x and y, not {', '.join(x_and_y)}"),
+            (args.against and args.against not in named,
+             f"--against: no row {args.against!r}; there are {', '.join(map(repr, named))}")):
+        if clash:
+            raise UserError(why)
+    for line, run in found:
+        if run is None:
+            check_held(line, probes, args)
+
+    for line, run in found:
+        if run is not None:
+            line |= {probe: measured(run, probe, ks, args.dataset, args.data, args.taps) for probe in probes}
+            line |= elsewhere(line, args)
+        if line["step"] < line["steps"]:
+            note(f"{line['run']} is not finished: step {line['step']} of {line['steps']}")
+        if args.json:
+            train.say(json.dumps(json.loads(json.dumps(line), parse_constant=lambda _: None)))     # JSON has no NaN
+    if args.plot:
+        plot(args.plot, named, *x_and_y)
+    elif len(found) == 1 and not args.json:
+        one_table(lines[0], columns, args.taps)
+    elif not args.json:
+        many_table(named, common, columns, args)
 
 
 if __name__ == "__main__":
