@@ -1658,7 +1658,7 @@ def test_a_folder_with_two_parts(first, second, capsys):
     pictures(f"p/{first}", 12, classes="abcd"), pictures(f"p/{second}", 6, classes="ad"), pictures("p/extra", 2)
     (line, beside), *counts = said("p", capsys)
     assert counts == [[3, 3, 3, 3], [3, 0, 0, 3]] and beside == "left out, beside the parts: extra"
-    assert line == f"folder p/{first}: 12 images of 4 classes to train on, 6 in p/{second} to test on"
+    assert line == f"folder p/{first}: 12 images of 4 classes to train on, 6 of 2 classes to test on, in p/{second}"
 
 
 @pytest.mark.parametrize("test", ["nothing", "unlabelled", "of other classes"])
@@ -1669,11 +1669,11 @@ def test_the_first_test_part_with_labelled_images_is_taken(test, capsys):
     if test != "nothing":
         pictures("p/test", 5, classes=["images"] if test == "unlabelled" else "xy")
     lines, *counts = said("p", capsys)
-    assert counts == [[20, 20], [3, 3]] and "6 in p/val to test on" in lines[0]
+    assert counts == [[20, 20], [3, 3]] and lines[0].endswith("6 of 2 classes to test on, in p/val")
     shutil.rmtree("p/val")
     lines, first, second = said("p", capsys)
-    assert sum(first + second) == 40 and 3 < sum(second) < 14 and "held out to test on, a fifth" in lines[0]
-    assert lines[1] == "warning: no labelled images of these classes in test"
+    assert sum(first + second) == 40 and 3 < sum(second) < 14 and lines[0].endswith("to test on, a fifth, by a hash of their names")
+    assert lines[1:] == ["warning: no labelled images of these classes in test"]
 
 
 def test_copies_and_hidden_files_are_not_there(capsys):
@@ -1705,8 +1705,11 @@ def test_what_a_folder_has_too_few_or_too_many_of_is_said(capsys):
                          "warning: no images in b: not taken as classes"]
     pictures("cut", 20, classes="a"), pictures("cut", 0, 4, classes="b")
     assert said("cut", capsys)[0][-1].startswith("warning: no image could be read of b")
-    pictures("flat", 9, classes=[""])
+    pictures("flat", 9, classes=[""]), pictures("loose", 9, classes=["", "a", "b"])
     assert "warning: no classes" in said("flat", capsys)[0][1]
+    assert re.fullmatch("warning: [23] images to train on are in no class folder", said("loose", capsys)[0][1])
+    pictures("twice/train", 8), pictures("twice/Train", 8), pictures("twice/test", 4)
+    assert "left out, beside the parts: Train" in said("twice", capsys)[0]
 
 
 def test_the_order_and_the_fifth_depend_on_posix_names_alone():
@@ -1834,7 +1837,9 @@ def test_a_bad_image_is_left_out_and_named(capsys):
     assert run(SMALL + "few --image-size 16 --limit 20 --batch-size 4 --epochs 1")["images"][0] == 18   # ten may be bad
     shutil.rmtree("run"), pictures("many", 185, 15)
     with pytest.raises(train.UserError, match="over 1 % of .* cannot be read, the last .*many/[ab]/1[89]"):
-        run(SMALL + "many --limit 200")
+        run(SMALL + "many --limit 150")
+    with pytest.raises(train.UserError, match="there are [0-9]+ training images, and 300 are needed"):
+        run(SMALL + "many --limit 300")
     assert not Path("run").exists() and len(list(train.cache().iterdir())) == 4
 
 

@@ -186,8 +186,8 @@ def parser() -> Parser:
     add("--hidden", type=width, help="Width of the hidden layers of the head. Default: twice that of h.")
     add("--dim", type=width, help="Width of z. Default: 128; with --head slice 360/2048 of h.")
     add("--head-bn", choices=["none", "hidden", "end", "both"], help="BatchNorm behind each hidden layer, at the end "
-        "(without affine), or both. Default: hidden if there is such a layer, else none; with a prediction head also at "
-        "the end, unless --loss bn.")
+        "(without affine), or both. Default: hidden if there is such a layer, else none; with a prediction head end "
+        "too, unless --loss bn.")
     add("--head-lr", type=factor, help="Learning rate of the head over the encoder's; 0 leaves it random. Default: 1.")
     add = p.add_argument_group("Gupta et al.: the head as a component of the objective").add_argument
     add("--inner-steps", type=number(int, 0), metavar="K", help="Steps on the heads alone before each step on the "
@@ -380,6 +380,8 @@ def load_folder(root: Path, train: bool, size: int, limit: int | None) -> tuple[
     files = (training if train else testing)[:limit]    # in the order of a hash, so of all classes
     if not files:
         raise UserError(f"no images ({' '.join(IMG_EXTENSIONS)}) in {root} to {'train' if train else 'test'} on")
+    if len(files) < (limit or 0):
+        raise UserError(f"there are {len(files)} training images, and {limit} are needed")
     images, readable = decoded([path for _, path, _ in files], size)
     label = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([label.get(name, -1) for *_, name in files])
@@ -395,10 +397,11 @@ def folder_parts(root: Path) -> tuple[list, list, list[str], list[str]]:
     labelled images of the training classes. Otherwise all of root is the set, or its TRAIN where nothing else holds
     images; then a fifth of it is for testing. Classes are the set's subfolders that hold images.
     """
-    inside = {name.lower(): root / name for name in visible(os.listdir(root)) if (root / name).is_dir()}
+    below = [root / name for name in visible(os.listdir(root)) if (root / name).is_dir()]
+    inside = {folder.name.lower(): folder for folder in below}
     base = next((inside[name] for name in TRAIN if name in inside), root)
     tests = [inside[name] for name in TEST if name in inside and base != root]
-    if not tests and any(scan(folder)[0] for folder in inside.values() if folder != base):
+    if not tests and any(scan(folder)[0] for folder in below if folder != base):
         base = root                                     # a class may be called train
     training, others, folders = scan(base)
     classes = sorted({name for *_, name in training} - {""})
@@ -410,17 +413,20 @@ def folder_parts(root: Path) -> tuple[list, list, list[str], list[str]]:
     else:
         test, testing = None, [file for file in training if is_held_out(file[0])]
         training = [file for file in training if not is_held_out(file[0])]
-    beside = [folder.name for folder in inside.values() if base != root and folder not in (base, test)]
+    seen = len({name for *_, name in testing} & set(classes))
+    beside = [folder.name for folder in below if base != root and folder not in (base, test, *(() if test else tests))]
+    loose = sum(name == "" for *_, name in training)
     empty, like_parts = folders - set(classes), [c for c in classes if c.lower().startswith(("train", "test", "val"))]
     return training, testing, classes, [line for applies, line in (
-        (True, f"folder {base}: {len(training):,} images of {len(classes)} classes to train on, {len(testing):,} "
-               + (f"in {test} to test on" if test else "held out to test on, a fifth by a hash of their names")),
+        (True, f"folder {base}: {len(training):,} images of {len(classes)} classes to train on, {len(testing):,} of "
+               f"{seen} classes to test on, " + (f"in {test}" if test else "a fifth, by a hash of their names")),
         (tests and not test, f"warning: no labelled images of these classes in {listed(t.name for t in tests)}"),
         (beside, f"left out, beside the parts: {listed(beside)}"),
+        (loose and classes, f"warning: {loose:,} images to train on are in no class folder"),
         (others, f"left out, of no type that is read: {listed(f'{n:,} {kind}' for kind, n in others.items())}"),
         (empty, f"warning: no images in {listed(sorted(empty))}: not taken as classes"),
         (not classes, "warning: no classes, as no subfolder holds images: there will be no accuracies"),
-        (len(classes) == 1, f"warning: one class, {listed(classes)}: is {root} a level too high?"),
+        (len(classes) == 1, f"warning: one class, {listed(classes)}" + f": is {root} a level too high?" * (not test)),
         (like_parts, f"warning: classes that are named like parts: {listed(like_parts)}")) if applies]
 
 
@@ -462,8 +468,8 @@ def decoded(paths: list[str], size: int) -> tuple[Tensor, Tensor]:
     """(images uint8 (M, 3, size, size), which of the paths could be read: bool (len(paths),)). Both are read-only maps
     of a file that all processes share, so they may be larger than memory: writing to them ends the process.
 
-    The file holds the images, then a byte for each path. Its name is a hash of what it was made of, and how. Raises
-    UserError where over 1 % and over 10 of the images cannot be read, or the file not be written.
+    The file holds the images, then a byte for each path. Its name is a hash of what it was made of, and how; it may be
+    deleted. Raises UserError where over 1 % and over 10 of the images cannot be read, or the file not be written.
     """
     files = [(path, os.stat(path)) for path in paths if os.path.exists(path)]       # not a link to nothing
     made_of = repr([inspect.getsource(read_image), size, paths, *((at.st_size, at.st_mtime_ns) for _, at in files)])
@@ -527,8 +533,8 @@ def training_images(args, device) -> Tensor:
     images, *_ = load_dataset(args.dataset, args.data, True, args.image_size, args.limit)   # the labels are not used
     if world_size() > 1 and not later:
         dist.barrier()
-    wanted = args.limit or 2
-    if len(images) < max(2, wanted - max(10, 0.01 * wanted)):           # so many may be unreadable
+    wanted = 2 if args.dataset == "folder" else args.limit or 2         # load_folder knows what it could not read
+    if len(images) < wanted:
         raise UserError(f"there are {len(images)} training images, and {wanted} are needed")
     fits = device.type != "cuda" or images.numel() < torch.cuda.mem_get_info(device)[0] / 2
     return images.to(device) if fits else images
@@ -924,7 +930,7 @@ def end_epoch(run, step: int, lr: float, h: Tensor, model: Model) -> None:
     loss, inner_loss  means over the epoch's steps: of the objective, and of where the last inner step started from
     lr                the encoder's learning rate in the last step
     rank_h, rank_z    effective rank (RankMe) of the last batch's h and z, both views, 1 to their width
-    spread_h, _z      their spread on the sphere: 0 where all are one, the collapse; at most 1
+    spread_h, spread_z  their spread on the sphere: 0 where all are one, the collapse; at most 1
     offdiag           Frobenius norm of E, the off-diagonal entries of --predictor offdiag
     moved             Frobenius norm of how far --predictor linear has moved from where it was drawn
     penalty, pruned   R(W) of the head's first layer, without lambda; the fraction of its input features with no weight
@@ -979,7 +985,7 @@ def command() -> str:
 def join(args) -> torch.device:
     """This process's device; under torchrun it joins the others, by nccl on GPUs and gloo on CPUs. Raises UserError."""
     torchrun = {"MASTER_ADDR", "RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()         # sets all of these
-    several = torchrun and int(os.environ["WORLD_SIZE"]) > 1
+    several = torchrun and int(os.environ["WORLD_SIZE"] or 1) > 1
     gpu = f"cuda:{os.environ['LOCAL_RANK']}" if several and args.device == "cuda" else args.device
     device = usable(gpu)
     if several and not dist.is_initialized():
@@ -1028,7 +1034,7 @@ def first_signal():
         yield caught
     finally:
         for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def say(text: str, file=None, end: str = "\n") -> None:
