@@ -132,12 +132,13 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, start: list[
 
     The paper makes the head a component of InfoNCE and derives another optimization from that [paper]. The equation is
     ours, and so are gradient steps, their number and start [reading]. At phi* dL/dphi = 0, hence dL(theta, phi*(theta))
-    /dtheta = dL/dtheta there (the envelope theorem): no implicit differentiation. Before phi* that drops a term, which
-    unroll_head has. Behind a stop-gradient both levels do not minimize one L, and the inner steps are a heuristic.
+    /dtheta = dL/dtheta there (the envelope theorem): no implicit differentiation. Short of phi* a term is missing;
+    unroll_head has it. Behind a stop-gradient both levels do not minimize one L, and the inner steps are a heuristic.
 
-    If L is the population's, alternating and joint descent share their minimizers: only the path differs, which matters
-    (README). After 2 steps on a batch dL/dtheta is nearly joint training's; 20 fit phi to that batch (a test shows).
-    InfoNCE is free of the last layer's scale, so with weight decay on phi L + decay has no minimizer. Needs _restart.
+    Were L the loss of all images, fitting and joint training would have the same minimizers and differ in their path
+    alone. On a batch, after 2 steps dL/dtheta is nearly joint training's, and 20 steps fit phi to that batch (a test
+    shows both). InfoNCE is free of the last layer's scale: with weight decay on phi there is no minimizer. Needs
+    _restart.
     """
     _restart(optimizer, steps, start)
     for _ in range(steps):
@@ -153,10 +154,11 @@ def unroll_head(loss_fn, heads: nn.Module, optimizer, steps: int, start=None) ->
 
     loss_fn() computes L from h with its gradient and from `heads`, whose parameters are phi. A step is SGD's without
     momentum, with the optimizer's learning rate and weight decay; phi ends as phi_K. start: as in fit_head. Returns
-    L(theta, phi_K) with its graph, and the loss that the last step started from. Its errors. Needs _restart.
+    L(theta, phi_K) with its graph, and the loss that the last step started from. Raises what fit_head raises. Needs
+    _restart.
     """
     _restart(optimizer, steps, start)
-    call = nn.Module()                                      # calls a function while other tensors stand for phi
+    call = nn.Module()                                      # functional_call takes a module: this one calls a function
     call.heads, call.forward = heads, lambda function: function()
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     groups = {name: group_of[p] for name, p in call.named_parameters()}
@@ -191,10 +193,10 @@ class SparseHead(MLP):
 
         L = L_ssl + lambda * head.penalty()  [reading]
 
-    In the paper SparseHead is the term alone, which adds to any SSL method [paper]: `sparsity`, for any head. Its form
-    is not known to us. Ours is a norm of the first layer's weight, whose default pushes whole columns, one for each
-    input feature, towards zero [reading]: the paper assumes that only a subset of features is necessary to minimize a
-    mini-batch's loss [paper]. Needs MLP, sparsity.
+    The paper's SparseHead is the term itself, which adds to any SSL method [paper]; `sparsity` is it, for any head. The
+    paper's form is not known to us. Ours is a norm of the first layer's weight, whose default pushes whole columns, one
+    for each input feature, towards zero [reading]: the paper assumes that only a subset of features is necessary to
+    minimize a mini-batch's loss [paper]. Needs MLP, sparsity.
     """
 
     def penalty(self, norm: str = "l21") -> Tensor:
@@ -208,10 +210,10 @@ def sparsity(head: nn.Module, norm: str = "l21") -> Tensor:
     "l21" is sum_i ||W_:,i|| / ||W||_F over input features i: 1 to sqrt(in), NaN where W is 0. Without the division
     ("l21-plain", the group lasso) shrinking all of W lowers R, and costs nothing where a normalization follows. Where a
     BatchNorm follows, the scale of each row of W is free (but for its eps), and R is that of W with unit rows: then the
-    plain norms are the others times sqrt(out). R is no function of the network all the same: h_i times s and W_:,i over
-    s leave z as it is, which the encoder's last BatchNorm can do; so does, behind a ReLU without BatchNorm, a row times
-    s and W2's column over s. ValueError for another norm, a head without linear layer, and "l21-out" before a
-    BatchNorm, where it is constant. Needs NORMS, first_weight.
+    plain norms are the others times sqrt(out). R still changes where z does not: if h_i is scaled by s and W_:,i by
+    1/s, as the encoder's last BatchNorm allows; in a head without BatchNorm, if W's row is and W2's column by 1/s.
+    ValueError for another norm, a head without linear layer, and "l21-out" before a BatchNorm, where it is constant.
+    Needs NORMS, first_weight.
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
@@ -247,10 +249,11 @@ class OffDiagonal(nn.Module):
     off-diagonal entries trainable. [paper]
 
     Why it prevents dimensional collapse [paper]: a feature that one neuron has learned stands in, through the head, for
-    the same feature in another (substitution), which then learns the weaker features faster (acceleration); a test has
-    both, in the paper's simple setting. The diagonal is 1 by construction, whatever the optimizer does to A. Train A
-    without weight decay, which would bring the head back to the identity by itself [reading]. In the simple setting the
-    learning rate of A is at most the encoder's [paper]; for real images see train.py --predictor-lr.
+    the same feature in a second neuron (substitution); the second then learns the weaker features faster
+    (acceleration). A test shows both, in the paper's simple setting. The diagonal is 1 by construction, whatever the
+    optimizer does to A. Train A without weight decay, which would bring the head back to the identity by itself
+    [reading]. In the simple setting A's learning rate is at most the encoder's [paper]; train.py's is ten times
+    [reading].
     """
 
     def __init__(self, d: int):
@@ -293,11 +296,12 @@ class MLPPredictor(nn.Sequential):
     """
 
     def __init__(self, d: int):
+        hidden = max(1, d // 4)
         super().__init__(
-            nn.Linear(d, max(1, d // 4), bias=False),               # N x d/4
-            nn.BatchNorm1d(max(1, d // 4)),
+            nn.Linear(d, hidden, bias=False),               # N x d/4
+            nn.BatchNorm1d(hidden),
             nn.ReLU(),
-            nn.Linear(max(1, d // 4), d),                           # N x d
+            nn.Linear(hidden, d),                           # N x d
         )
 
 
@@ -462,7 +466,7 @@ HEADS: dict[str, type] = {
     "none": NoHead,
     "linear": LinearHead,
     "mlp": MLP,
-    "parametric": MLP,           # the same network; train.py then calls fit_head
+    "parametric": MLP,           # the same network; train.py makes inner steps its default
     "sparse": SparseHead,
     "slice": SliceHead,
     "reweight": ReweightHead,

@@ -581,7 +581,7 @@ def test_what_inner_steps_do_to_the_encoders_gradient(head_bn):
     views = (train.two_views(images, args, step, 32, 32, "cpu") for step in range(56))
     for x, _ in itertools.islice(views, 50):
         train.train_step(x, model, theta, phi, joint)
-    starts = {"warm": [p.detach().clone() for p in parameters(phi)], "reset": list(model.first.parameters())}
+    starts = {"warm": [p.detach().clone() for p in parameters(phi)], "reset": list(model.start.parameters())}
     kinds = [(0, "same", "warm"), *itertools.product((2, 20), ("same", "other"), ("warm", "reset"))]
     rows = {kind: [] for kind in kinds}
     for x, other in views:
@@ -1672,7 +1672,8 @@ def test_the_first_test_part_with_labelled_images_is_taken(test, capsys):
     assert counts == [[20, 20], [3, 3]] and lines[0].endswith("6 of 2 classes to test on, in p/val")
     shutil.rmtree("p/val")
     lines, first, second = said("p", capsys)
-    assert sum(first + second) == 40 and 3 < sum(second) < 14 and lines[0].endswith("to test on, a fifth, by a hash of their names")
+    assert sum(first + second) == 40 and 3 < sum(second) < 14
+    assert lines[0].endswith("to test on, a fifth, by a hash of their names")
     assert lines[1:] == ["warning: no labelled images of these classes in test"]
 
 

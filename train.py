@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: MIT
 """Train an encoder through a head, without labels.
 
-    python train.py                                          # the demonstration: drawn shapes, a small encoder, a CPU
-    python train.py --head parametric --dataset cifar10      # ResNet-18 on CIFAR-10: wants a GPU
+    python train.py                                        # the demonstration: drawn shapes, a small encoder, a CPU
+    python train.py --head parametric --dataset cifar10    # ResNet-18 on CIFAR-10: wants a GPU
     python train.py --head sparse --dataset cifar10 --encoder convnet --epochs 10        # minutes on a CPU
-    python train.py --predictor offdiag --dataset cifar10    # Wen & Li's prediction head, a non-contrastive loss
-    python train.py --predictor mlp --target ema --dataset cifar10       # in BYOL's style; --target stopgrad: SimSiam's
-    python train.py --dataset folder --data DIR              # your images: DIR/train/CLASS/*.jpg, DIR/test/CLASS/*.jpg
-    torchrun --nproc-per-node 8 train.py --dataset cifar10   # many GPUs: the same run up to rounding
+    python train.py --predictor offdiag --dataset cifar10  # Wen & Li's prediction head, a loss without negatives
+    python train.py --predictor mlp --predictor-schedule constant --dataset cifar10      # in SimSiam's style
+    python train.py --predictor mlp --target ema --dataset cifar10                       # in BYOL's style
+    python train.py --dataset folder --data DIR            # your images: DIR/train/CLASS/*.jpg, DIR/test/CLASS/*.jpg
+    torchrun --nproc-per-node 8 train.py --dataset cifar10 # many GPUs: the same run up to rounding
 
-A run is a folder, runs/NAME: checkpoint.pt, and metrics.jsonl, whose keys the docstring of end_epoch explains. The same
-command continues an interrupted run. Then: python eval.py
+f is the encoder, h = f(x) its representation, z = g(h) the projection of head g, p = q(z) of prediction head q. A run
+is a folder, runs/NAME: checkpoint.pt, and metrics.jsonl, whose keys the docstring of end_epoch explains. The same
+command continues an interrupted run. Accuracies come from python eval.py.
 """
 import os
-if "OMP_WAIT_POLICY" not in os.environ:             # a waiting thread of torch's keeps its core, unless this is set
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000") # before torch is imported
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # before torch is imported: threads that wait give up their core
 
 import argparse
 import collections
@@ -53,10 +55,12 @@ from projhead import ENCODERS, HEADS, LOSSES, NORMS, PREDICTORS, fit_head, rank,
 def objective(h: Tensor, t: Tensor | None, model, args) -> Tensor:
     """L(theta, phi) of h (2N, D), the first views of N images, then the second; t (2N, d): a slow copy's z, or None."""
     z = model.g(h)                                      # 2N x d
-    loss_fn = LOSSES[args.loss] if args.tau is None else functools.partial(LOSSES[args.loss], tau=args.tau)
+    loss_fn = LOSSES[args.loss]
+    if args.loss == "infonce":
+        loss_fn = functools.partial(loss_fn, tau=args.tau)
     if args.predictor == "none":
         z1, z2 = z.chunk(2)
-        loss = loss_fn(z1, z2)                          # InfoNCE, Barlow Twins
+        loss = loss_fn(z1, z2)
     else:
         p1, p2 = model.q(z).chunk(2)
         t1, t2 = (z if t is None else t).detach().chunk(2)      # the stop-gradient
@@ -75,9 +79,11 @@ def train_step(x: Tensor, model, theta, phi, args, other: Tensor | None = None) 
     the inner steps of --inner-batch other see.
     """
     h = encode(model.f, x, args)                        # 2N x D, once; heads and losses run in float32
-    t, inner = target_z(model, x, args), None           # 2N x d, with --target ema
-    start = list(model.first.parameters()) if args.inner_start == "reset" else None
-    theta.zero_grad(), phi.zero_grad()
+    t = target_z(model, x, args)                        # 2N x d, with --target ema
+    inner = None
+    start = list(model.start.parameters()) if args.inner_start == "reset" else None
+    theta.zero_grad()
+    phi.zero_grad()
     if args.inner_gradient == "unrolled":               # Gupta et al.: L(theta, phi_K(theta)), through the inner steps
         heads = nn.ModuleList([model.g, model.q])
         loss, inner = unroll_head(lambda: objective(h, t, model, args), heads, phi, args.inner_steps, start)
@@ -145,7 +151,7 @@ def train(args) -> None:
 # ---------------------------------------------------------------------------- flags
 
 SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "folder": 64}      # of the images, in pixels
-PLACES = ("data", "out", "device", "called")        # where a run lies and computes, its name: not what it is
+PLACES = ("data", "out", "device", "called")        # arguments that are no part of what a run is
 
 
 class UserError(Exception):
@@ -180,37 +186,39 @@ def parser() -> Parser:
                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     fraction, factor, width = number(float, 0, 1), number(float, 0, 1e6), number(int, 1, 2**14)
     add = p.add_argument_group("head, z = g(h): discarded after training").add_argument
-    add("--head", choices=HEADS, help="Projection head: parametric is an mlp fitted by inner steps, sparse one with a "
-        "penalty. Default: parametric; mlp with a prediction head.")
+    add("--head", choices=HEADS, help="Projection head g: parametric is an mlp fitted by inner steps, sparse one "
+        "with a penalty. Default: parametric; mlp with a prediction head.")
     add("--depth", type=number(int, 1, 16), help="Linear layers of an mlp, parametric or sparse head. Default: 2.")
     add("--hidden", type=width, help="Width of the hidden layers of the head. Default: twice that of h.")
     add("--dim", type=width, help="Width of z. Default: 128; with --head slice 360/2048 of h.")
     add("--head-bn", choices=["none", "hidden", "end", "both"], help="BatchNorm behind each hidden layer, at the end "
-        "(without affine), or both. Default: hidden if there is such a layer, else none; with a prediction head end "
-        "too, unless --loss bn.")
-    add("--head-lr", type=factor, help="Learning rate of the head over the encoder's; 0 leaves it random. Default: 1.")
+        "(without affine), or both. Default: hidden, or none without such a layer; with a prediction head both, or "
+        "end, unless --loss bn.")
+    add("--head-lr", type=factor, help="Learning rate of g, times the encoder's; 0 leaves it random. Default: 1.")
     add = p.add_argument_group("Gupta et al.: the head as a component of the objective").add_argument
-    add("--inner-steps", type=number(int, 0), metavar="K", help="Steps on the heads alone before each step on the "
-        "encoder alone; 0 is joint training. Default: 2 with --head parametric, else 0.")
-    add("--inner-batch", choices=["same", "other"], help="Images that they see: the step's, or others. Default: same.")
-    add("--inner-start", choices=["warm", "reset"], help="Start from the last heads or the run's first. Default: warm.")
-    add("--inner-gradient", choices=["envelope", "unrolled"], help="Gradient of the encoder: at the fitted heads, or "
-        "through K plain inner steps. Default: envelope.")
+    add("--inner-steps", type=number(int, 0), metavar="K", help="K, the number of steps on g and q alone before each "
+        "step on the encoder alone; 0 is joint training. Default: 2 with --head parametric, else 0.")
+    add("--inner-batch", choices=["same", "other"], help="Images of inner steps: the step's, or others. Default: same.")
+    add("--inner-start", choices=["warm", "reset"], help="Start of the inner steps: the last g and q, or the "
+        "run's first. Default: warm.")
+    add("--inner-gradient", choices=["envelope", "unrolled"], help="Gradient of the encoder: at the fitted g and q, "
+        "or through K plain inner steps. Default: envelope.")
     add = p.add_argument_group("Song et al.: a sparse head").add_argument
     add("--sparsity", type=number(float, 0, 1e30), metavar="LAMBDA", help="Weight of the penalty on the head's first "
         "layer; 0 is off. Default: 0.1 with --head sparse, else 0.")
     add("--sparsity-norm", choices=NORMS, help="The penalty; NORMS in projhead.py has each in a line. Default: l21.")
     add = p.add_argument_group("Wen & Li, SimSiam, BYOL: a prediction head, p = q(z)").add_argument
-    add("--predictor", choices=["none", *PREDICTORS], help="Prediction head: offdiag is Wen & Li's, identity its "
-        "control, none a loss between z's. Default: none.")
-    add("--predictor-lr", type=factor, help="Learning rate of it over the encoder's. Default: 1; 10 for offdiag.")
-    add("--predictor-schedule", choices=["cosine", "constant"], help="SimSiam's is constant. Default: cosine.")
-    add("--target", choices=["stopgrad", "ema"], help="What p predicts: z (SimSiam), or z of a slow copy (BYOL). "
-        "Default: stopgrad.")
+    add("--predictor", choices=["none", *PREDICTORS], help="Prediction head q: offdiag is Wen & Li's; identity, "
+        "its control, predicts z of one view by z of the other; none has a loss between z's. Default: none.")
+    add("--predictor-lr", type=factor, help="Learning rate of q, times the encoder's. Default: 1; 10 for offdiag.")
+    add("--predictor-schedule", choices=["cosine", "constant"], help="Schedule of q's learning rate; SimSiam's "
+        "is constant. Default: cosine.")
+    add("--target", choices=["stopgrad", "ema"], help="What p predicts: the other view's z (SimSiam), or that "
+        "of a slow copy of f and g (BYOL). Default: stopgrad.")
     add("--ema", type=fraction, help="Momentum of the slow copy at the start; it ends at 1. Default: 0.99.")
     add = p.add_argument_group("loss").add_argument
-    add("--loss", choices=LOSSES, help="cosine and bn need a prediction head. Default: infonce; bn with --predictor "
-        "identity or offdiag, cosine with another.")
+    add("--loss", choices=LOSSES, help="Loss; cosine and bn need a prediction head. Default: infonce; bn with "
+        "--predictor identity or offdiag, cosine with another.")
     add("--tau", type=number(float, 1e-3), help="Temperature of infonce. Default: 0.5.")
     add = p.add_argument_group("data and views").add_argument
     add("--dataset", choices=SIZES, help="Images: shapes are drawn, folder is your own. Default: shapes.")
@@ -225,8 +233,8 @@ def parser() -> Parser:
     add("--encoder", choices=ENCODERS, help="Encoder f. Default: resnet18; convnet for shapes.")
     add("--precision", choices=["float32", "bfloat16"], help="What the encoder computes in; head and loss are float32. "
         "Default: bfloat16 where the device computes in it.")
-    add("--epochs", type=number(int, 1, 10**6), help="Default: 100; 20 with a convnet, 8 on shapes.")
-    add("--batch-size", type=number(int, 2, 2**20), help="Images a step, two views each. Default: 512; convnet 256.")
+    add("--epochs", type=number(int, 1, 10**6), help="Default: 100; 20 with a convnet, or 8 if on shapes.")
+    add("--batch-size", type=number(int, 2, 2**20), help="Images in a step, two views each. Default: 512; convnet 256.")
     add("--lr", type=number(float, 0, 1e30), help="Peak learning rate at batch 256, scaled to others. Default: 0.06.")
     add("--momentum", type=number(float, 0, 0.9999), help="Momentum of SGD. Default: 0.9.")
     add("--weight-decay", type=factor, help="Weight decay of SGD. Default: 5e-4.")
@@ -294,23 +302,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     default("dataset", "shapes")
     shapes, size = args.dataset == "shapes", SIZES[args.dataset]
     default("data", "data", not shapes, "shapes are drawn, not read: name a --dataset")
-    default("limit", None)
     other_size = args.dataset != "folder" and typed.get("image_size", size) != size
     default("image_size", size, not other_size, f"{args.dataset} has images of {size} px")
     default("crop_scale", 0.5 if shapes else 0.2)
     default("hue", 0.5 if shapes else 0.1)
-    default("grayscale", 0.1)
     default("encoder", "convnet" if shapes else "resnet18")
     small = args.encoder.startswith("convnet")
-    default("precision", None)                          # start_run sets it: of the device, or of the run that continues
     default("epochs", (8 if shapes else 20) if small else 100)
     default("batch_size", 256 if small else 512)
-    default("lr", 0.06)
-    default("momentum", 0.9)
-    default("weight_decay", 5e-4)
-    default("warmup", 0.05)
-    default("seed", 0)
-    default("device", default_device())
+    for flag, value in {"limit": None, "grayscale": 0.1, "lr": 0.06, "momentum": 0.9, "weight_decay": 5e-4,
+                        "warmup": 0.05, "seed": 0, "device": default_device(), "precision": None}.items():
+        default(flag, value)                            # start_run sets the precision, by the device or the checkpoint
 
     args.data = args.data and os.path.abspath(args.data)        # so that a run finds its images from anywhere
     words = {flag: value for flag, value in ({"head": args.head} | typed).items() if flag not in ("seed", *PLACES)}
@@ -455,7 +457,7 @@ def visible(names: list[str]) -> list[str]:
 
 
 def is_held_out(name_hash: int) -> bool:
-    """A fifth of the names: no image changes sides when others come or go. The 7 parts it from the order by hash."""
+    """A fifth of the names: no image changes sides when others come or go. // 7 makes it independent of the order."""
     return name_hash // 7 % 5 == 0
 
 
@@ -471,12 +473,13 @@ def decoded(paths: list[str], size: int) -> tuple[Tensor, Tensor]:
     The file holds the images, then a byte for each path. Its name is a hash of what it was made of, and how; it may be
     deleted. Raises UserError where over 1 % and over 10 of the images cannot be read, or the file not be written.
     """
-    files = [(path, os.stat(path)) for path in paths if os.path.exists(path)]       # not a link to nothing
-    made_of = repr([inspect.getsource(read_image), size, paths, *((at.st_size, at.st_mtime_ns) for _, at in files)])
+    files = [os.stat(path) for path in paths if os.path.exists(path)]               # not a link to nothing
+    made_of = repr([inspect.getsource(read_image), size, paths, [(at.st_size, at.st_mtime_ns) for at in files]])
     file = cache() / f"{hashlib.sha256(made_of.encode(errors='replace')).hexdigest()[:32]}.images"
     if not file.is_file():
         note(f"decoding {len(paths):,} images to {file}")
-        readable, bad, progress = bytearray(len(paths)), 0, Progress(len(paths), sys.stderr, "image")
+        readable, bad = bytearray(len(paths)), 0
+        progress = Progress(len(paths), sys.stderr, "image")
         with (replacing(file, "; another folder can be named by XDG_CACHE_HOME") as new, warnings.catch_warnings(),
               concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count())) as pool):
             warnings.simplefilter("ignore")             # of Pillow, about what is odd in a file
@@ -484,7 +487,8 @@ def decoded(paths: list[str], size: int) -> tuple[Tensor, Tensor]:
                 part = paths[start:start + 1024]
                 for i, image in enumerate(pool.map(read_image, part, [size] * len(part)), start):
                     if isinstance(image, bytes):
-                        readable[i] = new.write(image) > 0
+                        new.write(image)
+                        readable[i] = True
                         continue
                     note(f"left out {paths[i]}: {image}")
                     bad += 1
@@ -721,23 +725,21 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------- models and optimizers
 
-# target: BYOL's slow copy, Sequential(f, g), or None; first: a copy of ModuleList([g, q]) before the first step
-Model = collections.namedtuple("Model", "f g q target first")
+# target: BYOL's slow copy, Sequential(f, g), or None; start: a copy of ModuleList([g, q]) before the first step
+Model = collections.namedtuple("Model", "f g q target start")
 
 
 def build(args, device="cpu") -> Model:
     """The untrained networks of these arguments, a function of args.seed. UserError for a width that cannot be."""
     torch.manual_seed(args.seed)
     f = projhead.encoder(args.encoder, args.image_size)
-    sizes = {"d": args.dim, "hidden": args.hidden, "depth": args.depth}
-    sizes = {size: value for size, value in sizes.items() if value}
-    if args.depth:
-        sizes["bn"] = args.head_bn in ("hidden", "both")
+    sizes = {"d": args.dim, "hidden": args.hidden, "depth": args.depth,
+             "bn": args.head_bn in ("hidden", "both") if args.depth else None}
     try:
-        g = HEADS[args.head](f.dim, **sizes)
+        g = HEADS[args.head](f.dim, **{size: value for size, value in sizes.items() if value is not None})
     except ValueError as e:
         raise UserError(f"--dim {args.dim}: {e}") from None
-    d = g.eval()(torch.zeros(1, f.dim)).shape[1]                # of z
+    d = g.eval()(torch.zeros(1, f.dim)).shape[1]                # of z; some heads choose it
     if args.head_bn in ("end", "both"):
         g = nn.Sequential(g, nn.BatchNorm1d(d, affine=False))
     q = nn.Identity() if args.predictor == "none" else PREDICTORS[args.predictor](d)
@@ -798,7 +800,7 @@ def start_run(args, images: Tensor, model: Model, theta, phi, per_epoch: int, de
         raise UserError(f"--out {args.out} holds a metrics.jsonl without a checkpoint: choose another")
     if world_size() > 1:
         dist.broadcast_object_list(found)                       # the machines need not share a disk
-    old, = found
+    old = found[0]
     if args.precision is None:                                  # a run that moves to another device keeps its own
         args.precision = old["args"].get("precision") if old else native_precision(device)
     if old:
@@ -848,7 +850,7 @@ def read_checkpoint(file: Path) -> dict:
 
 @contextlib.contextmanager
 def checkpoint_errors(file: Path):
-    """What fails inside by the file's content: UserError. Too little memory is none of its faults."""
+    """What fails inside is the content of the file: UserError. Too little memory, or no permission, is passed on."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # of torch, about old kinds of files
@@ -934,7 +936,8 @@ def end_epoch(run, step: int, lr: float, h: Tensor, model: Model) -> None:
     offdiag           Frobenius norm of E, the off-diagonal entries of --predictor offdiag
     moved             Frobenius norm of how far --predictor linear has moved from where it was drawn
     penalty, pruned   R(W) of the head's first layer, without lambda; the fraction of its input features with no weight
-    seconds           of the epoch, without this line and checkpoints; views_per_s: images times two over it
+    seconds           of the epoch's steps since the run was started here, with checkpoints, without this line
+    views_per_s       the views of those steps, two of each image, over these seconds
     memory            the most that tensors took on a GPU so far, in GiB
 
     The first line has the command, args (with their defaults), images (their number), python, torch and torchvision
@@ -952,22 +955,18 @@ def end_epoch(run, step: int, lr: float, h: Tensor, model: Model) -> None:
     line = {"epoch": step // run.per_epoch, "step": step, "loss": loss, "lr": lr,
             "rank_h": projhead.effective_rank(h), "rank_z": projhead.effective_rank(z),
             "spread_h": projhead.spread(h), "spread_z": projhead.spread(z),
-            "seconds": seconds, "views_per_s": len(h) * len(values) / seconds}
-    if args.inner_steps:
-        line["inner_loss"] = inner
-    if args.predictor == "offdiag":
-        line["offdiag"] = model.q.E.norm().item()
-    if args.predictor == "linear":
-        line["moved"] = (model.q.weight - model.first[1].weight).norm().item()
-    if args.sparsity:
-        line["penalty"] = sparsity(model.g, args.sparsity_norm).item()
-        line["pruned"] = projhead.fraction_pruned(model.g, h)
-    if h.is_cuda:
-        line["memory"] = torch.cuda.max_memory_allocated(h.device) / 2**30
-    run.log.append(json.dumps({key: round(value, 6) for key, value in line.items()}))
+            "seconds": seconds, "views_per_s": len(h) * len(values) / seconds,
+            "inner_loss": inner if args.inner_steps else None,
+            "offdiag": model.q.E.norm().item() if args.predictor == "offdiag" else None,
+            "moved": (model.q.weight - model.start[1].weight).norm().item() if args.predictor == "linear" else None,
+            "penalty": sparsity(model.g, args.sparsity_norm).item() if args.sparsity else None,
+            "pruned": projhead.fraction_pruned(model.g, h) if args.sparsity else None,
+            "memory": torch.cuda.max_memory_allocated(h.device) / 2**30 if h.is_cuda else None}
+    line = {key: round(value, 6) for key, value in line.items() if value is not None}
+    run.log.append(json.dumps(line))
     if rank() == 0:
         with replacing(Path(args.out, "metrics.jsonl")) as file:
-            file.write("".join(line + "\n" for line in run.log).encode())
+            file.write("".join(text + "\n" for text in run.log).encode())
     shown = {key: line[key] for key in ("loss", "rank_h", "rank_z", "offdiag", "pruned", "views_per_s") if key in line}
     say(f"epoch {line['epoch']}/{args.epochs}  " + "  ".join(f"{key} {value:.5g}" for key, value in shown.items()))
     if line["spread_z"] < 0.01:
@@ -984,7 +983,7 @@ def command() -> str:
 
 def join(args) -> torch.device:
     """This process's device; under torchrun it joins the others, by nccl on GPUs and gloo on CPUs. Raises UserError."""
-    torchrun = {"MASTER_ADDR", "RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()         # sets all of these
+    torchrun = {"MASTER_ADDR", "RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()         # it sets them all
     several = torchrun and int(os.environ["WORLD_SIZE"] or 1) > 1
     gpu = f"cuda:{os.environ['LOCAL_RANK']}" if several and args.device == "cuda" else args.device
     device = usable(gpu)
