@@ -409,8 +409,8 @@ def transformed(run: Run, images: Tensor, transform, classes: int, seed: int, in
 
 # ---------------------------------------------------------------------------- what is known of a run: a line of JSON
 
-MEASURES = (taps, features, probe, second_moment, fit, knn, table, labelled, carrying, rotate, gray, quadrant,
-            transform_table, transformed, projhead.effective_rank, projhead.features_holding)
+MEASURES = (untrained, taps, features, probe, linear_probe, second_moment, fit, knn, table, labelled, carrying, rotate,
+            gray, quadrant, transform_table, transformed, projhead.effective_rank, projhead.features_holding)
 
 
 def measured(run: Run, probe: str, ks: list[int], dataset=None, data=None, inside=False) -> list[dict]:
@@ -453,7 +453,7 @@ def read_lines(files: list[str]) -> list[dict]:
     """The lines of files that --json made; of two about the same run, the later one counts for all that it holds."""
     found, needed = {}, {"run", "step", "steps", "images", "args", "log"}
     for file in files:
-        for i, text in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+        for i, text in enumerate(Path(file).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 line = json.loads(text)
             except ValueError:
@@ -497,7 +497,7 @@ def flags(line: dict) -> list[str]:
     called = f"--head {args['head']}" + (f" --predictor {args['predictor']}" if args["predictor"] != "none" else "")
     if "called" in args:
         called = args["called"]
-    elif "command" in header:                               # a run from before that was kept
+    elif "train.py" in header.get("command", ""):           # a run from before that was kept
         with contextlib.suppress(UserError):                # a flag that there is no more
             called = train.parse_args(shlex.split(header["command"].partition("train.py")[2])).called
     words = called.split()
@@ -583,7 +583,10 @@ def cell(form: str, numbers: list, difference: bool = False) -> str:
 
 
 def print_table(lines: list[list]) -> None:
-    """Print rows of cells, the first of them the names of the columns. A column without any other cell is left out."""
+    """Print rows of cells, the first of them the names of the columns. A column without any other cell is left out.
+    Raises UserError where there are no rows."""
+    if len(lines) < 2:
+        raise UserError("no run has any of these columns")
     columns = [column for column in zip(*lines) if any(str(value) for value in column[1:])]
     widths = [max(len(str(value)) for value in column) for column in columns]
     first, *rest = zip(*columns)
@@ -803,8 +806,11 @@ def matching(found: list[tuple], texts: list[str]) -> list[tuple]:
     """The pairs (line, run) with all flags of any of these texts. Raises UserError for a text that fits none."""
     kept = []
     for text in texts:
-        typed = {flag: value for flag, value in vars(train.parser().parse_args(shlex.split(text))).items()
-                 if value is not None}
+        try:
+            words = shlex.split(text)
+        except ValueError as e:                             # a quotation mark without its other one
+            raise UserError(f"--rows {text}: {e}") from None
+        typed = {flag: value for flag, value in vars(train.parser().parse_args(words)).items() if value is not None}
         fits = [pair for pair in found if typed.items() <= pair[0]["args"].items()]
         if not fits:
             raise UserError(f"--rows: no run has {text}")

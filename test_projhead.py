@@ -1234,10 +1234,11 @@ def quick(monkeypatch):
 def test_evaluation_moves_nothing(quick):
     checkpoint, before = run("--head mlp --hidden 16 --dim 8"), files()
     frozen, images = evaluation.load_run("run"), SETS[10_000][0]
-    assert not any(m.training for m in (frozen.encoder, frozen.head, frozen.predictor, frozen.untrained))
-    evaluation.table(frozen)
+    first, data = evaluation.untrained(frozen), evaluation.load_data(frozen)
+    evaluation.table(frozen, data), evaluation.transform_table(frozen, data)
     for module, state in ((frozen.encoder, checkpoint["encoder"]), (frozen.head, checkpoint["head"]),
-                          (frozen.untrained, untrained(checkpoint).f.state_dict())):
+                          (first.encoder, untrained(checkpoint).f.state_dict())):
+        assert not any(m.training for m in module.modules())
         assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
         assert not any(p.requires_grad or p.grad is not None for p in module.parameters())
     assert files() == before
@@ -1252,6 +1253,24 @@ def test_evaluation_moves_nothing(quick):
     frozen.head[0].weight.fill_(math.nan)
     with pytest.raises(train.UserError):
         evaluation.features(frozen, images)
+
+
+def plain_run(encoder, head=None, size=16):
+    """A run with an encoder like no trained one's."""
+    args = parsed(f"--dataset folder --image-size {size}")
+    return evaluation.Run(Path("run"), 0, args, [0, 0], 1, 1, encoder.eval(), head or nn.Identity(), nn.Identity())
+
+
+@pytest.mark.parametrize("pixels, size, batches", [
+    (3 * 16**2 + 5, 16, [3, 3, 1]), (3 * 16**2, 9, [3, 3, 1]), (3 * 16**2, 22, [1] * 7), (1, 16, [1] * 7)])
+def test_features_pass_in_batches_of_so_many_pixels(pixels, size, batches, monkeypatch):
+    """Of the images or of the network's, whichever are larger; and of an image at least."""
+    f, seen = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12)), []
+    images = (60 * randn(7, 3, size, size) + 99).clamp(0, 255).to(torch.uint8)
+    whole = evaluation.features(plain_run(f), images)["h"]
+    monkeypatch.setattr(evaluation, "PIXELS", pixels)
+    f.register_forward_pre_hook(lambda module, x: seen.append(len(x[0])))
+    assert torch.allclose(evaluation.features(plain_run(f), images)["h"], whole, atol=1e-5) and seen == batches
 
 
 def linear_data(rows=600, dim=20):
@@ -1322,17 +1341,28 @@ def test_the_probe_bears_scale_constant_columns_and_missing_classes():
         evaluation.probe(x[:4], y[:4], test_x, test_y)
 
 
+def test_the_probe_bears_collinear_columns(monkeypatch):
+    """Two classes at the weakest l2: in float32 the second moment has eigenvalues below minus that."""
+    x = randn(6000, 1, dtype=torch.float32) @ randn(1, 300, seed=1, dtype=torch.float32)
+    moment = evaluation.second_moment(x)                # in parts of 4096 rows
+    assert torch.allclose(moment, x.double().T @ x.double() / 6000, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(evaluation, "L2", (1e-5,))
+    assert evaluation.probe(x[:5000], x[:5000, 0] > 0, x[5000:], x[5000:, 0] > 0)[0] > 99
+
+
 def test_knn_is_the_naive_vote():
     x, y, test_x, test_y = four = linear_data(rows=29)
     nearest = F.cosine_similarity(test_x[:, None], x[None], dim=2).argsort(dim=1, descending=True)
     def naive(k):                                       # of equals the smaller class
         votes = [labels.bincount(minlength=7).argmax() for labels in y[nearest[:, :k]]]
         return pytest.approx(100 * (torch.stack(votes) == test_y).double().mean().item())
-    assert evaluation.knn(*four, k=[20, 1, 2, 1000]) == [naive(k) for k in (20, 1, 2, 1000)]
+    assert evaluation.knn(*four, k=[20, 1, 2, 28]) == [naive(k) for k in (20, 1, 2, 28)]
     assert evaluation.knn(*four) == naive(20)
+    with pytest.raises(ValueError, match="29 training rows"):           # the same vote everywhere
+        evaluation.knn(*four, k=[1, 29])
 
 
-def test_the_table_measures_what_its_columns_say(quick):
+def test_the_table_measures_what_its_columns_say(quick, capsys):
     checkpoint = run("--head mlp --predictor mlp --hidden 16 --dim 8")
     frozen, first = evaluation.load_run("run"), untrained(checkpoint).f.eval()
     (images, labels), (test_images, test_labels) = [x[:16] for x in SETS[10_000]], SETS[4_000]
@@ -1340,7 +1370,9 @@ def test_the_table_measures_what_its_columns_say(quick):
     with torch.no_grad():
         a, b = (evaluation.taps(frozen, each) | {"h untrained": first(each)} for each in x)
         y = frozen.head[0][1](frozen.head[0][0](b["h"]))
-    rows = evaluation.table(frozen, ks=(3, 5))
+    data = evaluation.load_data(frozen)
+    rows = evaluation.table(frozen, data, ks=[3, 15])
+    assert "no kNN" not in capsys.readouterr().err
     inside = ["g[0] Linear", "g[1] BatchNorm1d", "g[2] ReLU", "g[3] Linear"]
     assert [row["tap"] for row in rows] == ["h", *inside, "z", "p", "h untrained"] and torch.equal(b[inside[1]], y)
     close = functools.partial(pytest.approx, rel=1e-4, abs=1e-5)
@@ -1349,11 +1381,13 @@ def test_the_table_measures_what_its_columns_say(quick):
         for i, label in enumerate((" shape", " hue")):
             four = a[tap], labels[:, i], b[tap], test_labels[:, i]
             assert (row["linear" + label], row["l2" + label], row["held_out" + label]) == close(evaluation.probe(*four))
-            assert [row[f"knn{k}{label}"] for k in (3, 5)] == evaluation.knn(*four, k=[3, 5])
+            assert [row[f"knn{k}{label}"] for k in (3, 15)] == evaluation.knn(*four, k=[3, 15])
         assert row["dim"] == b[tap].shape[1] and row["rank"] == close(projhead.effective_rank(b[tap]))
         assert ("carrying" in row) == (tap == "h")
     assert rows[0]["carrying"] == evaluation.carrying(frozen, images)
-    assert evaluation.table(frozen, ks=(3, 5), inside=False) == [rows[0], rows[5], rows[7]]        # h and z alone
+    few = evaluation.table(frozen, data, ks=[3, 16], inside=False)      # h and z alone; no vote of all 16 images
+    assert "no kNN" in capsys.readouterr().err
+    assert few == [{key: row[key] for key in row if "knn15" not in key} for row in (rows[0], rows[5], rows[7])]
 
 
 def test_carrying_counts_the_features_with_a_gradient():
@@ -1383,21 +1417,31 @@ def test_transformations_are_torchvisions_image_by_image(S):
         assert torch.allclose(transform(x, some), theirs, atol=1e-5) and torch.equal(x, before), name
 
 
+def test_each_image_meets_its_own_class_in_every_batch(monkeypatch):
+    f, images = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3, eps=0)), torch.arange(50)
+    images = images.to(torch.uint8)[:, None, None, None].repeat(1, 3, 16, 16)
+    def paint(x, y):                                    # a channel tells the class, and another one the image
+        return torch.stack([x[:, 0] * 0 + y[:, None, None] / 4, x[:, 1], x[:, 2]], 1)
+    monkeypatch.setattr(evaluation, "PIXELS", 3 * 16**2)
+    (x, y), (_, other) = (evaluation.transformed(plain_run(f), images, paint, 4, seed, False) for seed in (0, 1))
+    seen = x["h"] * torch.tensor(train.STD) + torch.tensor(train.MEAN)
+    assert torch.allclose(seen[:, :2], torch.stack([y / 4, torch.arange(50) / 255], 1), atol=1e-5)
+    assert set(y.tolist()) == {0, 1, 2, 3} and not torch.equal(y, other)        # the test images' classes are others
+
+
 @pytest.mark.parametrize("data", ["corners", "noise"])
 def test_transform_probes_read_what_can_be_read_and_nothing_else(data, monkeypatch):
     """Four corners of a fixed colour each tell every transformation apart; noise tells none but gray. No labels."""
     corners = F.interpolate(randn(1, 3, 2, 2, seed=3).sigmoid() * 223, scale_factor=8)
-    def read(name, root, part, size, limit=None):
-        images = torch.randint(0, 256, (800, 3, 16, 16), generator=torch.Generator().manual_seed(int(part)))
-        images = (corners + images // 8 if data == "corners" else images).to(torch.uint8)
-        images[600:] = 0                                # what is not looked at
-        return images, torch.full((800,), -1), []
-    monkeypatch.setattr(train, "read_dataset", read)
+    images = torch.randint(0, 256, (1600, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    images = (corners + images // 8 if data == "corners" else images).to(torch.uint8)
+    images[600:800] = images[1400:] = 0                 # what is not looked at
+    parts = [(part, None, None) for part in images.split(800)]
     monkeypatch.setattr(evaluation, "PROBED", 600)
-    f = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12)).eval()
-    some = argparse.Namespace(args=parsed("--dataset folder --image-size 16"), encoder=f, untrained=f, path="run",
-                              head=nn.Sequential(nn.Identity(), nn.Tanh(), nn.Tanh()), predictor=None, images=[0, 0])
-    rows = {row["tap"]: row for row in evaluation.transform_table(some)}
+    monkeypatch.setattr(evaluation, "untrained", lambda run: run._replace(head=nn.Identity()))
+    f = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12))
+    some = plain_run(f, nn.Sequential(nn.Identity(), nn.Tanh(), nn.Tanh()))
+    rows = {row["tap"]: row for row in evaluation.transform_table(some, parts)}
     assert list(rows) == ["h", "g[1] Tanh", "z", "h untrained", "chance"]
     for name, chance in {"rotation": 25, "gray": 50, "quadrant": 25}.items():
         assert rows["chance"][name] == chance and rows["h"][name] == rows["h untrained"][name]
@@ -1424,112 +1468,232 @@ def cells(out):
     return [dict(zip(lines[0], (cell.strip("`") for cell in line))) for line in lines[2:]]
 
 
-def test_the_tables_of_the_command_line(quick, evaluated, capsys):
-    run("--head linear --predictor offdiag", "runs/new"), run("--head none --limit 8", "runs/old")
+def a_line(flags, seed=0, h=1.0, z=None, start=None, log=(), **args):
+    """A run's line of JSON: at each tap the same number in some columns, one more in `gray` of the other probe."""
+    args = vars(parsed(f"{flags} --seed {seed}")) | {"precision": "float32"} | args
+    taps = {"h": h, "z": z, "h untrained": start}
+    def rows(more, *columns):
+        return [{"tap": tap, "dim": 4} | dict.fromkeys(columns, value + more) for tap, value in taps.items()
+                if value is not None]
+    return {"run": f"{flags} {seed}", "step": 8, "steps": 8, "images": [9, 9], "log": list(log),
+            "args": {flag: value for flag, value in args.items() if value != "gone"},
+            "labels": rows(0, "linear hue", "held_out hue", "knn20 hue", "knn200 hue"), "transform": rows(1, "gray")}
+
+
+def written(*lines, to="x.jsonl"):
+    Path(to).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def column(out, name="flags"):
+    return [line[name] for line in cells(out)]
+
+
+def test_the_tables_of_the_command_line_from_runs_and_from_their_lines(quick, evaluated, capsys):
+    run("--head mlp --predictor offdiag", "runs/new"), run("--head none --limit 8", "runs/old")
     os.utime("runs/old/checkpoint.pt", (0, 0))
-    one_line_error(lambda: evaluated("--columns rank l2"), capsys, "no column l2;", "knn200 hue")
-    assert Path("runs/new/eval.json").exists()          # what was measured is kept
-    newest = evaluated()
-    assert newest == evaluated("runs/new/checkpoint.pt") and newest.startswith("runs/new, step 4 of 4;")
-    new, old = map(json.loads, evaluated("runs/new runs/old --json").splitlines())
-    kept = saved("runs/new")
-    assert old["run"] == "old" and old["steps"] == 2 and new["log"] == log_of("runs/new")
-    assert [new[key] for key in ("run", "args", "step", "images")] == ["new", kept["args"], 4, kept["images"]]
-    usual = [key for key in new["labels"][0] if key.split()[0] in ("linear", "knn20", "rank")]
-    some = ["knn200 hue", "rank", "carrying"]
-    for words, keys in (("", usual), ("--columns carrying 'knn200 hue' rank --taps", some)):
-        rows = [row for row in new["labels"] if row["tap"] != "p" or words]
-        lines, keys = cells(evaluated(words)), ["tap", "dim", *keys]
-        assert lines == [{key: evaluation.cell(key, [row[key]] if key in row else []) for key in keys} for row in rows]
-    assert list(cells(evaluated("--probe transform"))[3].values()) == ["chance", "0", "25.0", "50.0", "25.0"]
+    assert evaluated() == evaluated("runs/new/checkpoint.pt") and evaluated().startswith("new, step 4 of 4;")
+    both = evaluated("runs/new runs/old --json --taps")
+    new, old = map(json.loads, both.splitlines())
+    assert [new[key] for key in ("run", "step", "log")] == ["new", 4, log_of("runs/new")] and old["steps"] == 2
+    assert all(new[key] == saved("runs/new")[key] for key in ("args", "images"))
+    numbers, usual = evaluation.values(new, inside=True), ["linear shape", "linear hue", "rank", "carrying", "offdiag"]
+    inside = ["g[0] Linear", "g[1] BatchNorm1d", "g[2] ReLU"]           # and no kNN, as there are 16 images
+    for words, taps, keys in (("", ["h", "z", "h untrained"], usual), (
+            "--columns rank carrying --taps", ["h", *inside, "z", "p", "h untrained"], ["rank", "carrying"])):
+        lines = cells(evaluated(words))
+        assert [line["tap"] for line in lines] == taps and list(lines[0]) == ["tap", "dim", *keys]
+        for line, (tap, key) in zip([line for line in lines for _ in keys], itertools.product(taps, keys)):
+            form = evaluation.COLUMNS[key.split()[0]].form
+            assert line[key] == (f"{numbers[key, tap]:{form}}" if (key, tap) in numbers else "")
+    assert [*cells(evaluated("--probe transform"))[3].values()][:5] == ["chance", "", "25.0", "50.0", "25.0"]
     several = evaluated("runs/new runs/old")
-    shared, lines = several.splitlines()[0].split(" --"), cells(several)
-    assert shared == ["all:", "batch-size 8", "encoder convnet128", "epochs 2", "precision float32"]
-    assert [line["flags"] for line in lines] == [       # probes that see fewer images: no mean over both
-        "untrained convnet128, 16 images", "untrained convnet128, 8 images",
-        "--head linear --predictor offdiag --limit 16", "--head none --limit 8"]
-    offdiag = evaluation.cell("offdiag", [log_of("runs/new")[-1]["offdiag"]])
-    assert [line["offdiag h"] for line in lines] == ["", "", offdiag, ""]
-    assert len(cells(evaluated("runs/new runs/old --taps"))) == 8
+    assert several.splitlines()[0] == "all: --encoder convnet128 --epochs 2 --batch-size 8"
+    first = [f"untrained convnet128, {M} images" for M in (16, 8)]      # no mean over probes that see fewer images
+    assert column(several) == [*first, "--head mlp --predictor offdiag --limit 16", "--head none --limit 8"]
+    assert column(several, "offdiag h") == ["", "", f"{new['log'][-1]['offdiag']:.1f}", ""]
+
+    Path("x.jsonl").write_text(both)
+    shutil.move("runs", "elsewhere")
+    assert evaluated("x.jsonl") == several == evaluated("x.jsonl x.jsonl")      # the same line twice is one
+    assert evaluated("x.jsonl --json") == both and "linear hue by linear shape" in evaluated("x.jsonl --plot A.SVG")
+    for words in ("--taps", "--probe transform", "--columns gray 'linear hue' pruned",
+                  "--against '--head none --limit 8'", "--rows '--predictor offdiag'"):
+        assert evaluated(f"x.jsonl {words}") == evaluated(f"elsewhere/new elsewhere/old {words}"), words
+    with pytest.raises(SystemExit):
+        evaluated("--help")
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\w", text, re.M) for name in evaluation.COLUMNS)
+    names = {key.split()[0] for row in new["labels"] + new["transform"] for key in row} - {"tap", "dim"}
+    assert all(re.search(rf"^  .*\b{name}\b", text, re.M) for name in {"knn20", *names})
 
 
-def test_many_runs_are_one_table_and_differences_are_paired_by_seed(monkeypatch, capsys):
+def test_many_runs_are_one_table_and_differences_are_paired_by_seed(evaluated, capsys):
+    h = {"--head mlp": {0: 50.0, 1: 60, 2: 71, 7: 99}, "--head linear": {2: 70.0, 0: 49, 1: 61, 5: 0},
+         "--head none": {1: 50.0, 2: 72}, "--head mlp --predictor mlp": {2: 72.0, 3: 1},
+         "--head mlp --predictor offdiag": {8: 10.0, 9: 20}}
+    written(*(a_line(flags, seed, value, None if "none" in flags else 2 * value, 5.0 + seed)
+              for flags, seeds in h.items() for seed, value in seeds.items()))
+    def table(words=""):
+        out = evaluated(f"x.jsonl {words}")
+        first, *_, last = out.splitlines()
+        assert first == "all: --encoder convnet128" and ("±" in out) == ("Student" in last) == ("against" in words)
+        lines = cells(out)
+        return {key: [line[key] for line in lines] for key in lines[0]}
+    plain, z = table(), ["140.0 (sd 42.3)", "90.0 (sd 62.4)", "", "73.0 (sd 100.4)", "30.0 (sd 14.1)"]
+    means = ["9.4 (sd 3.4)", "70.0 (sd 21.2)", "45.0 (sd 31.2)", "61.0 (sd 15.6)", "36.5 (sd 50.2)", "15.0 (sd 7.1)"]
+    assert plain == {"flags": ["untrained convnet128", *h], "n": list("844222"), "linear hue h": means,
+                     "linear hue z": ["", *z], "knn200 hue h": means}
+    assert table("--columns knn20")["knn20 hue z"] == ["", *z]
+    difference = table("--against '--head mlp'")
+    assert difference["n"] == list("443210")            # the seeds that both have
+    assert difference["linear hue h"] == ["-62.5±28.8", "70.0 (sd 21.2)", "-0.3±2.9", "-4.5±69.9", "+1.0", ""]
+    assert difference["linear hue z"] == ["", z[0], "-0.7±5.7", "", "+2.0", ""]
+    taps = table("--taps --against '--head mlp'")
+    assert taps["tap"][:5] == list("hhzhz") and taps["linear hue"][3:5] == ["-0.3±2.9", "-0.7±5.7"]
+    one_line_error(lambda: table("--against '--head mpl'"), capsys, "no row '--head mpl'", "'--head none'")
+
+
+def test_a_cell_is_a_value_a_spread_or_an_interval():
     for df, t in enumerate(evaluation.T95, 1):
         x = torch.linspace(-t, t, 20_001, dtype=double)
         assert torch.trapezoid(torch.distributions.StudentT(df).log_prob(x).exp(), x) == pytest.approx(0.95, abs=1e-3)
-    h = {"--head mlp": {0: 50.0, 1: 60, 2: 71, 7: 99}, "--head linear": {2: 70.0, 0: 49, 1: 61, 5: 0},
-         "--head none": {1: 50.0, 2: 72}, "--predictor mlp": {2: 72.0, 3: 1}, "--predictor offdiag": {8: 10.0, 9: 20}}
-    runs = [argparse.Namespace(args=parsed(f"{flags} --seed {seed}"), value=value, path=Path("none"), step=8, steps=8,
-                               images=[9, 9]) for flags, seeds in h.items() for seed, value in seeds.items()]
-    def measured(run, question):
-        values = {"h": run.value, "z": 2 * run.value, "h untrained": 5.0 + run.args.seed}
-        columns = ("linear hue", "held_out hue", "knn20 hue", "knn200 hue")
-        return [{"tap": tap, "dim": 4} | dict.fromkeys(columns, value) for tap, value in values.items()
-                if tap != "z" or run.args.head != "none"]
-    monkeypatch.setattr(evaluation, "measured", measured)
-    def table(columns=None, taps=False, against=None):
-        evaluation.many_table(runs, {"ks": [20, 200], "dataset": None}, columns, taps, against)
-        lines = cells(capsys.readouterr().out)
-        return {key: [line[key] for line in lines] for key in lines[0]}
-    plain = table()
-    assert plain == {
-        "flags": ["untrained convnet128", *h], "n": list("844222"),
-        "linear hue h": ["9.4±3.4", "70.0±21.2", "45.0±31.2", "61.0±15.6", "36.5±50.2", "15.0±7.1"],
-        "linear hue z": ["", "140.0±42.3", "90.0±62.4", "", "73.0±100.4", "30.0±14.1"],
-        "held_out hue h": plain["linear hue h"], "knn200 hue h": plain["linear hue h"]}
-    assert table(["knn20"])["knn20 hue z"] == plain["linear hue z"]
-    difference = table(against="--head mlp")
-    assert difference["n"] == list("443210")
-    assert difference["linear hue h"] == ["-62.5±28.8", "70.0±21.2", "-0.3±2.9", "-4.5±69.9", "+1.0", ""]
-    assert difference["linear hue z"] == ["", "140.0±42.3", "-0.7±5.7", "", "+2.0", ""]
-    assert table(taps=True, against="--head mlp")["linear hue"][4:7] == ["-0.3±2.9", "-0.7±5.7", "+0.0±0.0"]
-    one_line_error(lambda: table(against="--head mpl"), capsys, "no row '--head mpl'", "'--head none'")
-    runs.append(runs[0])
-    one_line_error(table, capsys, "the seed of another run")
-    assert evaluation.cell("linear", [*range(12)], True) == "+5.5±2.4"      # 2.26 * 3.6 / 12 ** 0.5
-    assert evaluation.cell("rank", [math.nan, math.nan]) == "nan±nan"
-    assert evaluation.cell("pruned", [0.5, 0.25]) == "0.38±0.18"
+    nan, inf = math.nan, math.inf
+    for numbers, plain, difference in (
+            ([], "", ""), ([66.04], "66.0", "+66.0"), ([-0.26], "-0.3", "-0.3"), ([nan], "nan", "+nan"),
+            ([65.5, 66.5], "66.0 (sd 0.7)", "+66.0±6.4"), ([0.5, 0.5], "0.5 (sd 0.0)", "+0.5±0.0"),
+            ([1.0, nan], "nan (sd nan)", "+nan±nan"), ([1.0, inf], "inf (sd nan)", "+inf±nan"),
+            ([*range(12)], "5.5 (sd 3.6)", "+5.5±2.4")):                # 2.26 * 3.6 / 12 ** 0.5
+        assert [evaluation.cell(".1f", numbers, each) for each in (False, True)] == [plain, difference]
+    assert evaluation.cell(".2f", [0.5, 0.25]) == "0.38 (sd 0.18)" and evaluation.cell(".2g", [1e-5]) == "1e-05"
+
+
+def test_rows_are_what_runs_are_and_labels_what_was_typed(evaluated, capsys):
+    def flags(*lines):
+        out = [written(*lines), evaluated("x.jsonl")][1]
+        return out.splitlines()[0] * out.startswith("all"), list(zip(column(out), column(out, "n")))
+    tau, mlp = "--tau 0.1 --epochs 3", a_line("--tau 0.1 --epochs 3 --head mlp")
+    other_order, spelt = a_line(f"--head mlp {tau}", 1), a_line("--head mlp --loss infonce --epochs 3 --tau .1", 2)
+    shared = "all: --tau 0.1 --encoder convnet128 --epochs 3"
+    assert flags(mlp, other_order, spelt, a_line(f"--head none {tau}")) == (
+        shared, [("--head mlp", "3"), ("--head none", "1")])            # the head stays, shared or not
+    assert flags(mlp, other_order) == (f"all: {shared[5:]}", [("--head mlp", "2")])
+    half = a_line(f"--head mlp {tau}", precision="bfloat16")            # another run, typed alike
+    assert flags(mlp, half, other_order) == (
+        shared, [("--head mlp --precision float32", "2"), ("--head mlp --precision bfloat16", "1")])
+    command = "python sub/train.py --seed 3 --encoder convnet128 --tau 0.1 --head none --epochs 3 --out a --device cpu"
+    old = a_line(f"--head none {tau}", 3, called="gone", log=[{"command": command}])
+    assert flags(mlp, old) == (shared, [("--head mlp", "1"), ("--head none", "1")])
+    gone = a_line(f"--head none {tau}", 4, called="gone", log=[{"command": f"{command} --projector-bn"}])
+    whole = "--head mlp --tau 0.1 --encoder convnet128 --epochs 3"
+    for lost in (gone, gone | {"log": []}, gone | {"log": [{"command": "pytest"}]}):
+        assert flags(mlp, lost) == ("", [(whole, "1"), ("--head none", "1")])
+    assert flags(gone, old) == ("", [("--head none", "2")])
+    written(*(a_line("--dataset folder", seed, data=f"/{seed}/set") for seed in (0, 1)))       # a folder that was moved
+    assert column(evaluated("x.jsonl --columns gray"), "n") == ["2"]
+    written(mlp, mlp | {"run": "a copy"})
+    one_line_error(lambda: evaluated("x.jsonl"), capsys, "a copy", mlp["run"], "leave one out")
+
+
+def test_lines_that_do_not_hold_what_is_asked(evaluated, capsys):
+    nan = a_line("--head mlp", 0, math.nan)
+    written(nan, a_line("--head none"))
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in evaluated("x.jsonl --json").splitlines()]
+    assert [line["labels"][0]["linear hue"] for line in lines] == [None, 1]
+    written(*lines)
+    assert column(evaluated("x.jsonl"), "linear hue h") == ["nan", "1.0"]
+    del nan["transform"]
+    written(nan | {"step": 4}), written(lines[0] | {"labels": lines[1]["labels"]}, to="y.jsonl")
+    assert "1.0" in evaluated("x.jsonl y.jsonl") and "nan" in evaluated("y.jsonl x.jsonl")      # the later one counts
+    assert "gray" in evaluated("y.jsonl x.jsonl --columns gray")        # for all that it holds
+    transfer, there = a_line("--head none") | {"dataset": "cifar100"}, os.path.abspath("there")
+    transfer["labels"] = [{"tap": "h", "dim": 4, "linear": 1.0}]
+    written(transfer, to="z.jsonl"), written(transfer | {"data": there}, to="d.jsonl")
+    written(a_line("--head mlp") | {"dataset": "cifar10"}, transfer, to="two.jsonl")
+    assert all(evaluated(words) for words in ("z.jsonl --dataset cifar100", "d.jsonl --dataset cifar100 --data there"))
+    for words, error in (
+            ("x.jsonl --probe transform", "--probe transform"), ("x.jsonl --columns gray", "--probe transform"),
+            ("x.jsonl --json", "--probe transform"), ("z.jsonl --dataset cifar100 --k 3", "--k 3"),
+            ("x.jsonl --dataset cifar10", "--dataset"), ("z.jsonl", "--dataset"), ("two.jsonl", "--dataset"),
+            ("d.jsonl --dataset cifar100", "--data"), ("x.jsonl --columns carrying moved", "no")):
+        one_line_error(lambda: evaluated(words), capsys, error, besides=("--head",))        # is not finished
+    whole = json.dumps(transfer).encode()
+    for content, error in ((b"", "no line in"), (b"{", "line 1"), (b"3\n", "line 1"), (b'{"run": 1}', "line 1"),
+                           ("{}".encode("utf-16"), "line 1"), (whole + b"\n" + whole[:99], "line 2")):
+        Path("x.jsonl").write_bytes(content)
+        one_line_error(lambda: evaluated("x.jsonl"), capsys, "x.jsonl", error)
+
+
+def test_some_rows(evaluated, capsys):
+    written(*(a_line(flags) | {"run": i} for i, flags in enumerate((
+        "--head mlp --tau 0.1", "--head mlp", "--head none --tau 0.1 --hue 0"))))
+    for rows, expected in (
+            ("'--tau .1'", [0, 2]), ("'--head mlp'", [0, 1]), ("'--head mlp --tau .1' '--hue 0 --head none'", [0, 2]),
+            ("'--head none' '--tau 0.5'", [1, 2]), ("'--tau 0.1' '--head mlp'", [0, 1, 2]), ("''", [0, 1, 2])):
+        lines = evaluated(f"x.jsonl --json --rows {rows}").splitlines()
+        assert [json.loads(line)["run"] for line in lines] == expected, rows
+    for rows, error in (("'--tau 0.1' '--tau 0.2'", "no run has --tau 0.2"), ("--wrong", ""), ("mlp", "mlp"),
+                        ("'--head topk'", "topk"), ("\"--head 'mlp\"", "--rows")):
+        one_line_error(lambda: evaluated(f"x.jsonl --rows {rows}"), capsys, error)
 
 
 def test_what_was_measured_is_kept_beside_the_checkpoint(evaluated, monkeypatch, capsys):
-    run("--head linear")
-    calls = []
-    def table(run, ks, dataset, data, inside):
-        calls.append((dataset, data))
-        weight = 100 * run.encoder[0].weight.sigmoid().mean().item()
-        row = {"tap": "h", "dim": 3, f"knn{ks[0]}": weight, "rank": math.nan}
+    run("--head linear"), pictures("there", 20)
+    calls, edited, getsource = [], [], evaluation.inspect.getsource
+    def table(run, data, ks, inside):
+        calls.append(len(data[0][0]))
+        row = {"tap": "h", "dim": 3, "rank": run.encoder[0].weight.sum().item(), f"knn{ks[-1]} hue": math.nan}
         return [row, *[row | {"tap": "g[0] Linear"}] * inside, row | {"tap": "z"}]
     monkeypatch.setattr(evaluation, "table", table)
-    first, few = evaluated("run --taps"), evaluated("run")              # what has all taps has h and z too
-    assert evaluated("run --taps") == first and "g[0]" in first and "g[0]" not in few and len(calls) == 1
-    other = evaluated("run --k 3")                      # another question is measured, and kept as well
-    assert "knn3 " in other and evaluated("run --k 3") == other and evaluated("run") == few and len(calls) == 2
+    monkeypatch.setattr(evaluation.inspect, "getsource", lambda f: getsource(f) + "#" * (f.__name__ in edited))
+    def measured(words="", times=1):                    # how often it is measured when it is asked twice
+        calls.clear()
+        out = evaluated(f"run {words}")
+        assert evaluated(f"run {words}") == out and len(calls) == times, (words, calls)
+        return out
+    first, few = measured("--taps"), measured(times=0)  # what has all taps has h and z too
+    assert "g[0]" in first and "g[0]" not in few
+    assert "knn3 " in measured("--k 3") and measured(times=0) == few    # both are kept
+    for name, times in (("probe", 1), ("effective_rank", 1), ("quadrant", 1), ("plot", 0), ("draw", 0), ("cell", 0)):
+        edited.append(name)                             # an edited probe is measured anew, an edited plot is not
+        assert measured(times=times) == few
+    monkeypatch.setattr(evaluation, "L2", (1.0,))
+    assert measured() == few
+    measured("--dataset folder --data there"), shutil.copy("there/b/001.png", "there/a/000.png")
+    measured("--dataset folder --data there"), measured("--dataset folder --data there/.", times=0)
     old, checkpoint = evaluation.load_run("run"), saved()
     checkpoint["encoder"]["0.weight"] += 1
     torch.save(checkpoint, "run/checkpoint.pt")         # another checkpoint
-    changed = evaluated("run")
-    evaluation.measured(old, {"probe": "labels", "ks": [20, 200], "dataset": None, "data": None, "inside": False})
-    assert evaluated("run") == changed != few and len(calls) == 5       # what was read before is not kept in its name
-    crc, calls[:] = zlib.crc32(Path("run/checkpoint.pt").read_bytes()), []
-    junk = ["", "null", "{", '{"results": 3}', "\udcff"]
-    junk += [json.dumps({"checkpoint": crc, "results": results}) for results in (3, "text", None, [1], {"other": []})]
-    for each in junk:
+    changed = measured()
+    evaluation.measured(old, "labels", evaluation.KS)
+    assert measured() == changed != few                 # what was read before is not kept in its name
+    kept = json.loads(Path("run/eval.json").read_text())
+    junk = [json.dumps(kept | {"results": results}) for results in (3, "text", None, [1], {"other": []})]
+    for each in ("", "null", "{", '{"results": 3}', "\udcff", *junk):
         Path("run/eval.json").write_bytes(each.encode(errors="surrogateescape"))
-        assert evaluated("run") == changed == evaluated("run")
-    row = json.loads(evaluated("run --json"), parse_constant=lambda word: pytest.fail(word))["labels"][0]
-    assert row["rank"] is None and len(calls) == len(junk) + 1
-    for dataset in ("cifar10", "cifar10", "folder", "folder"):          # a folder's images may have changed: anew
-        evaluated(f"run --dataset {dataset} --data there")
-    assert calls[-3:] == [(dataset, os.path.abspath("there")) for dataset in ("cifar10", "folder", "folder")]
+        assert measured() == changed
     Path("run/eval.json").unlink(), Path("run/eval.json").mkdir()
     code, error = evaluates(monkeypatch, capsys, "run")
     assert code == 0 and error.startswith("not kept: cannot write run/eval.json")
 
 
+def test_the_source_that_measures_is_known():
+    """All of eval.py's functions that the tables call, at any depth, are in MEASURES."""
+    functions = {name: f for name, f in vars(evaluation).items() if getattr(f, "__module__", "") == "eval"}
+    todo = reached = {evaluation.table, evaluation.transform_table}
+    while todo:
+        source = "".join(map(evaluation.inspect.getsource, todo))
+        todo = {f for name, f in functions.items() if re.search(rf"(?<![.\w]){name}\(", source)} - reached
+        reached = reached | todo
+    reached |= {transform for transform, _ in evaluation.TRANSFORMS.values()}
+    assert reached - set(evaluation.MEASURES) <= {evaluation.is_inside, evaluation.load_run, evaluation.Run}
+
+
 def test_transfer_to_a_folder_of_pictures(evaluated, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "L2", (0.1,))
     run("--head linear --dim 8"), pictures("pictures", 60, size=(50, 40))
-    rows = json.loads(evaluated("run --dataset folder --data pictures --json"))["labels"]
+    line = json.loads(evaluated("run --dataset folder --data pictures --json --probe labels"))
+    rows = line["labels"]
+    assert line["dataset"] == "folder" and line["data"] == os.path.abspath("pictures")
     assert [row["tap"] for row in rows] == ["h", "z", "h untrained"] and rows[0]["linear"] == 100       # red and blue
     (images, labels, classes), (tests, *_) = evaluation.load_data(evaluation.load_run("run"), "folder", "pictures")
     assert images.shape[1:] == (3, 32, 32) and labels.shape == (len(images), 1) and classes == ["a", "b"]
@@ -1537,92 +1701,177 @@ def test_transfer_to_a_folder_of_pictures(evaluated, monkeypatch, capsys):
     run(SMALL + "pictures --image-size 16 --epochs 1", "other")
     Path("pictures").rename("data"), pictures("moved", 90)
     for words, expected, text in (
-            ("run other", 2, "folder and shapes"), ("run other --dataset folder --data data", 0, ""),
-            ("run --dataset folder", 0, ""), ("other --data moved", 0, "other images"),
+            ("run other", 2, "folder and shapes"), ("run other --dataset folder --data data --k 3", 0, ""),
+            ("run --dataset folder --k 3", 0, ""), ("other --data moved --k 3", 0, "other images"),
             ("other", 2, f"no folder {Path('pictures').absolute()}")):
         code, error = evaluates(monkeypatch, capsys, *words.split())
         assert code == expected and text in error and bool(text) == bool(error), words
+    roots, other = [], evaluation.load_run("other")
+    monkeypatch.setattr(train, "load_dataset", lambda name, root, *_: roots.append(root) or (images, labels, classes))
+    cifar = other._replace(args=parsed("--dataset cifar10 --data there"))
+    for asked in ((other,), (other, "cifar10"), (other, "cifar10", "here"), (cifar, "cifar100"), (cifar, "folder")):
+        evaluation.load_data(*asked)                    # CIFAR's sets lie side by side, a folder elsewhere
+    assert roots[::2] == [os.path.abspath("pictures"), "data", "here", os.path.abspath("there"), "data"]
 
 
 # ---------------------------------------------------------------------------- pictures
 
+def drawn():
+    """Of a.svg: {colour: [(x, y, whether filled), ...]} of the dots, in units of the axes; the words; the corners."""
+    import xml.etree.ElementTree as ET
+    parts = list(ET.parse("a.svg").getroot())
+    def of(name):
+        return [part.attrib | {"words": part.text} for part in parts if part.tag.endswith(f"}}{name}")]
+    words, dots = of("text"), {}
+    def place(px, key, other, at, below=0):             # by the first and the last number at the axis
+        ticks = [(float(part[key]) - below, float(part["words"])) for part in words if part[other] == at]
+        (a, low), (b, high) = ticks[0], ticks[-1]
+        assert low < high and (a < b) == (key == "x")   # to the right and upwards
+        return round(low + (float(px) - a) * (high - low) / (b - a), 1)
+    for dot in of("circle"):
+        x, y = place(dot["cx"], "x", "y", "442"), place(dot["cy"], "y", "x", "66", below=5)
+        dots.setdefault(dot["stroke"], []).append((x, y, dot["fill"] == dot["stroke"]))
+    return dots, [part["words"] for part in words], [part["points"].split() for part in of("polyline")]
+
+
+def test_plots_have_their_dots_at_the_means(evaluated, capsys):
+    log = [[{"command": ""}, *({"epoch": e, "rank_z": e * by, "pruned": None} for e in (1, 2, 3))] for by in (2, 4)]
+    written(a_line("--head mlp", 0, 10, 20, 4, log[0]), a_line("--head mlp", 1, 20, 40, 6, log[1]),
+            a_line("--head none", 0, 30, None, 4, called="--encoder convnet128 --head <none>&"),
+            a_line("--head linear", 5, math.nan, 50))
+    assert "a.svg: gray by linear hue" in evaluated("x.jsonl --plot a.svg --columns 'linear hue' gray")    # both probes
+    dots, words, lines = drawn()
+    assert list(dots.values()) == [
+        [(5, 6, True)], [(15, 16, True), (30, 31, False)], [(30, 31, True)], [(50, 51, False)]]
+    assert {"untrained convnet128", "--head mlp", "--head <none>&", "linear hue", "gray"} < set(words)     # escaped
+    assert words[-1] == "filled: h, hollow: z" and [len(line) for line in lines] == [1, 2, 1, 1]
+    evaluated("x.jsonl --plot a.svg --columns epoch rank_z")
+    dots, words, lines = drawn()
+    assert list(dots.values()) == [[(1, 3, True), (2, 6, True), (3, 9, True)]] and len(lines[0]) == 3
+    assert "filled: h, hollow: z" not in words and {"epoch", "rank_z"} < set(words)
+    before = files()
+    for words, error in (("epoch pruned", "no run has both"), ("epoch", "two columns"), ("gray", "two columns"),
+                         ("epoch nothing", "no run has both"), ("gray moved", "no run has both")):
+        one_line_error(lambda: evaluated(f"x.jsonl --plot b.svg --columns {words}"), capsys, error)
+    assert files() == before
+    for numbers in ([0, 100], [-3.0, 7.2], [5], [66.1, 66.10000000000001], [1e-5, 0.1], [9e8, 9e8 + 1]):
+        ticks = evaluation.axis(numbers)
+        assert ticks == sorted(ticks) and 2 <= len(ticks) <= 8 and ticks[0] < ticks[-1]
+        assert ticks[0] <= min(numbers) + 1e-9 and ticks[-1] >= max(numbers) - 1e-9
+
+
 @pytest.mark.parametrize("head, limit", [("mlp", 16), ("none", 5)])
 def test_neighbors_and_views_are_those_images(head, limit, evaluated, monkeypatch):
     run(f"--head {head} --limit {limit} --batch-size 4 --seed 3")
-    frozen, before, drawn, picture = evaluation.load_run("run"), files(), [], evaluation.picture
-    monkeypatch.setattr(evaluation, "picture", lambda rows, *path: drawn.extend(rows) or picture(rows, *path))
+    frozen, before, shown, picture = evaluation.load_run("run"), files(), [], evaluation.picture
+    monkeypatch.setattr(evaluation, "picture", lambda path, rows: shown.extend(rows) or picture(path, rows))
     Path("out.png").write_text("the file that was named is replaced")
-    evaluated("run --neighbors out.png")
+    said = evaluated("run --neighbors out.png").splitlines()
     assert {f: data for f, data in files().items() if f.name != "out.png"} == before
     (images, labels), (tests, test_labels) = [x[:limit] for x in SETS[10_000]], SETS[4_000]
     a, b = evaluation.features(frozen, images), evaluation.features(frozen, tests)
-    where = itertools.product(range(8), ["h"] if head == "none" else ["h", "z"])
-    for (label, (first, *tiles)), (i, tap) in zip([row for row in drawn if row[1]], where, strict=True):
-        near = F.cosine_similarity(a[tap], b[tap][i][None]).argsort(descending=True)[:8]
-        assert label == tap and (first[0] is None if tap == "z" else torch.equal(first[0], tests[i]))
-        assert torch.equal(torch.stack([image for image, *_ in tiles]), images[near])
-        assert [frame == ["green"] for _, _, *frame in tiles] == (labels[near, 0] == test_labels[i, 0]).tolist()
-    drawn.clear()
+    where = itertools.product(range(4), ["h"] if head == "none" else ["h", "z"])
+    for line, ((first, frame), *tiles), (i, tap) in zip(said, shown, where):
+        near = F.cosine_similarity(a[tap], b[tap][i][None]).argsort(descending=True)[:8]    # of 5 images all
+        same = (labels[near, 0] == test_labels[i, 0]).tolist()
+        assert torch.equal(first, tests[i]) and frame == evaluation.BLACK
+        assert torch.equal(torch.stack([image for image, _ in tiles]), images[near])
+        assert [frame == evaluation.GREEN for _, frame in tiles] == same
+        assert f"test image {i}, {train.SHAPES[test_labels[i, 0]]}" in line and f"by {tap}, {sum(same)} of" in line
+    assert len(shown) == len(said) - 1 == (4 if head == "none" else 8)
+    shown.clear()
     evaluated("run --views out.png")
     (mean, std), g = torch.tensor([train.MEAN, train.STD])[..., None, None], train.generator(3, 0, 1)
-    views = [255 * (train.augment(images[:8], g, 0.5, 0.5, 0.1) * std + mean) for _ in range(8)]      # as in training
-    found = torch.stack([torch.stack([image for image, _ in tiles]) for _, tiles in drawn], 1)
-    assert (found - torch.stack([images[:8], *views])).abs().max() < 1
+    views = [255 * (train.augment(images[:4], g, 0.5, 0.5, 0.1) * std + mean) for _ in range(8)]      # as in training
+    found = torch.stack([torch.stack([image for image, _ in tiles]) for tiles in shown], 1)
+    assert (found - torch.stack([images[:4], *views])).abs().max() < 1
 
 
-@pytest.mark.parametrize("S, times", [(32, 3), (96, 1), (50, 2)])
-def test_a_picture_is_a_grid_with_words_and_frames(S, times):
+@pytest.mark.parametrize("S, times", [(32, 2), (96, 1), (50, 2)])
+def test_a_picture_is_a_grid_of_framed_tiles(S, times):
     from PIL import Image
-    image, size = (99 * randn(3, S, S)).to(torch.uint8), S * times
-    tile = image.repeat_interleave(times, 1).repeat_interleave(times, 2)
-    row = [(image, "a caption"), (None, ""), (image, "x" * 300, "red")]
-    evaluation.picture([("row", row), ("", []), ("", [(image, "ä\n%s")])], "p.png", "title")
-    sheet = torchvision.transforms.functional.pil_to_tensor(Image.open("p.png"))
-    places = [(y, x) for y, x in (sheet == tile[:, :1, :1]).all(0).nonzero().tolist()
-              if torch.equal(sheet[:, y:y + size, x:x + size], tile)]
-    (y, x), (_, right), (below, _) = places
-    assert places == [(y, x), (y, x + 2 * (size + 10)), (below, x)] and below > y + size
-    title, label, under = sheet[:, :y - 8], sheet[:, y:y + size, 12:x - 6], sheet[:, y + size + 4:y + size + 20]
-    assert all((words < 128).any() for words in (title, label, under[:, :, x:x + size]))
-    assert (under[:, :, x + size + 5:right - 3] == 255).all()           # the long caption is cut
-    red = torch.tensor([255, 0, 0])[:, None, None]
-    assert [(sheet[:, y - 3:y, x:x + size] == red).all().item() for y, x in places] == [False, True, False]
+    colours, size = [evaluation.BLACK, evaluation.GREEN, evaluation.WHITE], S * times + 8
+    images = (99 * randn(2, 3, 3, S, S)).to(torch.uint8)
+    evaluation.picture("p.png", [list(zip(row, colours)) for row in images])
+    expected = torch.full((3, 2 * (size + 2) + 2, 3 * (size + 2) + 2), 255.0)
+    for i, k in itertools.product(range(2), range(3)):
+        tile = expected[:, i * (size + 2) + 2:, k * (size + 2) + 2:][:, :size, :size]
+        tile[:] = 255 * torch.tensor(colours[k])[:, None, None]
+        tile[:, 4:-4, 4:-4] = images[i, k].repeat_interleave(times, 1).repeat_interleave(times, 2)
+    assert (TF.pil_to_tensor(Image.open("p.png")) - expected).abs().max() < 1
 
 
 # ---------------------------------------------------------------------------- eval.py and what it cannot do
 
 EVAL_BAD = """
 nowhere | empty | broken | run broken | run run | run tiny run/checkpoint.pt | run --device cuda:99 | run --k 0
-run --wrong | run --probe colour | run --probe transform --k 20 | tiny --probe transform | run --columns nothing
-run --probe transform --columns rank | run --taps --json | run --json --columns rank | run tiny --json --against x
-run --against x | run --data x | run --dataset shapes --data x | run --dataset folder --data nowhere
-run --neighbors empty | run --neighbors run/checkpoint.pt | run --neighbors run/checkpoint.pt/a.png
+run --wrong | run --probe colour | run --probe transform --k 20 | run --columns nothing | run --columns pruned epoch
+run --probe transform --columns rank | run --json --columns rank | run tiny --json --against x | run --rows '--seed 5'
+run --against x | run tiny --against '--head mlp' | run --data x | run --dataset shapes --data x | run --data ''
+run --neighbors empty | run --neighbors run/checkpoint.pt | run --neighbors run/checkpoint.pt/a.png | run nowhere.jsonl
 run --neighbors a.nonsense | run --neighbors a.png --json | run --neighbors a.png --k 3 | run tiny --views a.png
 run --neighbors a.png --probe transform | run --views a.png --neighbors b.png | run --views a.png --dataset cifar10
-run --neighbors a.png --columns rank | run --dataset cifar10 --data nowhere
+run --neighbors a.png --columns rank | run --neighbors a.png --rows '--head mlp' | run.jsonl --neighbors a.png
+run --plot a.png | run --plot a.svg --json | run --plot a.svg --columns rank | run --plot a.svg --against '--head mlp'
 """
+EVAL_BAD_LATE = ("tiny --probe transform", "run --dataset folder --data nowhere", "run --plot nowhere/run/a.svg",
+                 "run --dataset cifar10 --data nowhere", "run --columns pruned", "run tiny --columns moved --taps")
 
 
-def test_eval_refuses_in_one_line(quick, evaluated, capsys):
+def test_eval_refuses_in_one_line_and_before_it_measures(quick, evaluated, monkeypatch, capsys):
+    import runpy
     Path("empty").mkdir(), Path("broken").mkdir(), Path("broken/checkpoint.pt").write_bytes(b"junk")
     run("--head mlp"), run("--head mlp --limit 4 --batch-size 4", "tiny")
-    evaluated("run"), evaluated("run --probe transform")                # --columns is looked at when this is kept
+    Path("run.jsonl").write_text(evaluated("run --json")), Path("nowhere").write_text("a file")
     before = files()
-    for words in EVAL_BAD.replace("\n", "|").split("|"):                # and without any, as there is no runs/
-        one_line_error(lambda: evaluated(words), capsys)
-        assert files() == before, words
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "measured", lambda *_: pytest.fail("measured"))
+        for words in EVAL_BAD.replace("\n", "|").split("|"):            # and without any, as there is no runs/
+            one_line_error(lambda: evaluated(words), capsys)
+            assert files() == before, words
+    for words in EVAL_BAD_LATE:
+        one_line_error(lambda: evaluated(words), capsys, besides=("measuring ", "warning: ", "too few", "no kNN"))
+    monkeypatch.setattr(projhead.ConvNet, "forward", lambda self, x: torch.empty(2**60))
+    monkeypatch.setattr(sys, "argv", ["eval.py", "run", "--k", "3"])    # eval.py has no --batch-size to advise
+    script = functools.partial(runpy.run_path, str(HERE / "eval.py"), run_name="__main__")
+    assert one_line_error(script, capsys) == "error: out of memory\n"
 
 
-@pytest.mark.parametrize("classes, unknown", [("0b", 5), (["images"], 9)])
-def test_test_images_without_a_label_are_counted(classes, unknown, quick, evaluated, monkeypatch, capsys):
-    """One class of the test part is misspelt, or none has a name, as in Tiny-ImageNet."""
-    pictures("p/train", 20, classes=["a/images", "b/images"]), pictures("p/test", 9, classes=classes)
-    run(SMALL + "p --image-size 16")
+@pytest.mark.parametrize("change, words", [
+    ({"projector": 3}, None), ({"called": "gone"}, None), ({"head_bn": "gone"}, "earlier commit"),
+    ({"head": "topk"}, "earlier commit"), ({"encoder": "vit"}, "earlier commit"), ({"hidden": 3}, "damaged")])
+def test_checkpoints_of_other_commits(change, words, capsys):
+    checkpoint = run("--head mlp")
+    args = {flag: value for flag, value in (checkpoint["args"] | change).items() if value != "gone"}
+    torch.save(checkpoint | {"args": args}, "run/checkpoint.pt")
+    if words:
+        one_line_error(lambda: evaluation.load_run("run"), capsys, words, "run/checkpoint.pt")
+    else:
+        frozen = evaluation.load_run("run/checkpoint.pt")
+        assert same_bits(frozen.encoder.state_dict(), checkpoint["encoder"]) and frozen.step == frozen.steps == 4
+
+
+@pytest.mark.filterwarnings("error")
+def test_float32_is_not_shortened_on_gpus(evaluated):
+    new = hasattr(torch.backends, "fp32_precision")     # torch 2.9 and newer
+    conv, name = (torch.backends.cudnn.conv, "fp32_precision") if new else (torch.backends.cudnn, "allow_tf32")
+    setattr(conv, name, "tf32" if new else True), written(a_line("--head mlp"))
+    evaluated("x.jsonl")
+    assert getattr(conv, name) == ("ieee" if new else False)            # and so it stays, for all tests
+
+
+@pytest.mark.parametrize("some", [True, False])
+def test_images_without_a_label_are_counted(some, quick, evaluated, monkeypatch, capsys):
+    """One class of the test part is misspelt; or there are no classes."""
+    for part, n, classes in (("train", 20, ["a/images", "b/images"]), ("test", 9, "0b")) if some else (("", 30, [""]),):
+        pictures(Path("p", part), n, classes=classes)
+    run(SMALL + "p --image-size 16 --limit 16")
     code, error = evaluates(monkeypatch, capsys, "run")
-    assert code == 0 and error.startswith(f"{unknown} of 9 test images have no label")
-    assert ("no accuracies" in error) == (unknown == 9)
-    rows = json.loads(evaluated("run --json --k 1"))["labels"]         # four blue images are left, all of class 1
-    assert {(row.get("held_out"), row.get("knn1")) for row in rows} == {(404, 100) if unknown == 5 else (None, None)}
+    assert code == 0 and "test images have no label" in error and ("no accuracies" in error) != some
+    assert error.startswith("5 of 9 test" if some else "16 of 16 training")
+    rows = json.loads(evaluated("run --json --probe labels --k 1"))["labels"]
+    held_out, vote = (404, 100) if some else (None, None)               # four blue images are left, all of class 1
+    assert {(row.get("held_out"), row.get("knn1")) for row in rows} == {(held_out, vote)}
 
 
 # ---------------------------------------------------------------------------- data, files and flags
