@@ -23,7 +23,6 @@ import collections
 import contextlib
 import html
 import inspect
-import io
 import json
 import math
 import os
@@ -95,15 +94,14 @@ def load_run(path, device="cpu") -> Run:
     path = Path(path).parent if Path(path).name == "checkpoint.pt" else Path(path)
     file = path / "checkpoint.pt"
     try:
-        content = file.read_bytes()
+        checkpoint = train.read_checkpoint(file)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no checkpoint.pt in {path}: name a run's folder, or make one by python train.py") from None
     earlier = UserError(f"{file} was made by an earlier commit, which eval.py no longer reads")
     with train.checkpoint_errors(file):
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         args, images, step = argparse.Namespace(**checkpoint["args"]), checkpoint["images"], int(checkpoint["step"])
         if vars(train.parse_args([])).keys() - vars(args).keys() - set(train.PLACES):
-            raise earlier                           # a flag of now is missing; one that there is no more does no harm
+            raise earlier                           # a flag of today is missing; one that is gone does no harm
         steps = args.epochs * (images[0] // min(args.batch_size, images[0]))
         try:
             model = train.build(args)
@@ -113,7 +111,7 @@ def load_run(path, device="cpu") -> Run:
         for network, name in zip(networks, ("encoder", "head", "predictor")):
             network.load_state_dict(checkpoint[name])
             network.to(device).eval().requires_grad_(False)
-    return Run(path, zlib.crc32(content), args, images, step, steps, *networks)
+    return Run(path, checkpoint["crc"], args, images, step, steps, *networks)
 
 
 def untrained(run: Run) -> Run:
@@ -123,8 +121,8 @@ def untrained(run: Run) -> Run:
 
 
 def taps(run: Run, x: Tensor) -> dict[str, Tensor]:
-    """{tap: (N, dim)} of normalized images x (N, 3, S, S): h, the layers inside the head, z, p. What passes on its
-    input as it is, like the head of --head none, makes no tap."""
+    """{tap: (N, dim)} of normalized images x (N, 3, S, S): h, the layers inside the head, z, p. A layer
+    that returns its input, like the head of --head none, makes no tap."""
     h, inside = run.encoder(x.contiguous(memory_format=torch.channels_last)).float(), {}
     def watch(layer, tap):
         return layer.register_forward_hook(lambda layer, x, y: inside.update({tap: y}))
@@ -410,7 +408,8 @@ def transformed(run: Run, images: Tensor, transform, classes: int, seed: int, in
 # ---------------------------------------------------------------------------- what is known of a run: a line of JSON
 
 MEASURES = (untrained, taps, features, probe, linear_probe, second_moment, fit, knn, table, labelled, carrying, rotate,
-            gray, quadrant, transform_table, transformed, projhead.effective_rank, projhead.features_holding)
+            gray, quadrant, transform_table, transformed, train.objective, train.two_views, train.augment, train.view,
+            train.normalize, train.resize_matrix, train.to_gray, projhead.effective_rank, projhead.features_holding)
 
 
 def measured(run: Run, probe: str, ks: list[int], dataset=None, data=None, inside=False) -> list[dict]:
@@ -451,14 +450,16 @@ def describe(run: Run) -> dict:
 
 def read_lines(files: list[str]) -> list[dict]:
     """The lines of files that --json made; of two about the same run, the later one counts for all that it holds."""
-    found, needed = {}, {"run", "step", "steps", "images", "args", "log"}
+    found, keys = {}, {"run", "step", "steps", "images", "args", "log"}
+    flags = {"seed", "dataset", "encoder", "head", "predictor"}
     for file in files:
-        for i, text in enumerate(Path(file).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for i, text in enumerate(Path(file).read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
             try:
                 line = json.loads(text)
-            except ValueError:
-                line = None
-            if not isinstance(line, dict) or needed - line.keys():
+                missing = keys - line.keys() or flags - line["args"].keys()
+            except (ValueError, AttributeError, TypeError):
+                missing = True
+            if missing:
                 raise UserError(f"{file}, line {i}: not what eval.py --json writes")
             key = json.dumps([line.get(name) for name in ("run", "args", "images", "dataset", "data")])
             found[key] = found.get(key, {}) | line
@@ -468,7 +469,7 @@ def read_lines(files: list[str]) -> list[dict]:
 def elsewhere(line: dict, args) -> dict:
     """Where a run is to be probed, if not with its own images: that is written into its line."""
     dataset = {"dataset": args.dataset} if args.dataset not in (None, line["args"]["dataset"]) else {}
-    return dataset | ({"data": args.data} if args.data else {})
+    return dataset | ({"data": Path(args.data).name} if args.data else {})
 
 
 def check_held(line: dict, probes: list[str], args) -> None:
@@ -498,7 +499,7 @@ def flags(line: dict) -> list[str]:
     if "called" in args:
         called = args["called"]
     elif "train.py" in header.get("command", ""):           # a run from before that was kept
-        with contextlib.suppress(UserError):                # a flag that there is no more
+        with contextlib.suppress(UserError, ValueError, SystemExit):        # a flag that is gone, an odd command
             called = train.parse_args(shlex.split(header["command"].partition("train.py")[2])).called
     words = called.split()
     return [f"{flag} {value}" for flag, value in zip(words[::2], words[1::2])]
@@ -513,7 +514,7 @@ def methods(lines: list[dict]) -> tuple[dict, list[str]]:
         if seed in seeds:
             raise UserError(f"{line['run']} has the flags and the seed of {seeds[seed]['run']}: leave one out")
         seeds[seed] = line
-    firsts = [next(iter(seeds.values())) for seeds in groups.values()]
+    firsts = [min(seeds.values(), key=lambda line: len(flags(line))) for seeds in groups.values()]
     shared = set.intersection(*(set(flags(line)) for line in firsts))
     shared = {flag for flag in shared if not flag.startswith("--head ")}
     labels = [" ".join(flag for flag in flags(line) if flag not in shared) for line in firsts]
@@ -553,7 +554,7 @@ def rows_of(named: dict, inside: bool) -> dict:
 
 def columns_of(typed: list[str] | None, probes: list[str], ks: list[int], shapes: bool) -> dict[str, Column]:
     """{name: column}: those of --columns, typed by whole names or first words, else those that a table shows by itself,
-    of these probes and of the logs. Raises UserError for a name that there is not."""
+    of these probes and of the logs. Raises UserError for an unknown name."""
     names = {}
     for name, column in COLUMNS.items():
         for each in [f"knn{k}" for k in ks] if name == "knn" else [name]:
@@ -565,7 +566,8 @@ def columns_of(typed: list[str] | None, probes: list[str], ks: list[int], shapes
         return {name: column for name, column in names.items() if column.shown and name.split()[0] != hidden}
     chosen = {}
     for word in typed:
-        meant = {name: column for name, column in names.items() if word in (name, name.split()[0])}
+        meant = {name: column for name, column in names.items()
+                 if word in (name, name.split()[0]) or word == "knn" and name.startswith("knn")}
         if not meant:
             raise UserError(f"--columns: no column {word}; there are {', '.join(names)}")
         chosen |= meant
