@@ -21,6 +21,7 @@ import train                                # first: it sets what torch's thread
 import argparse
 import collections
 import contextlib
+import hashlib
 import html
 import inspect
 import json
@@ -279,6 +280,11 @@ def load_data(run: Run, dataset=None, data=None) -> list[tuple]:
     for part in (True, False):
         loaded = train.load_dataset(name, root or "data", part, run.args.image_size, limit if part else None)
         parts.append((loaded[0], loaded[1].view(len(loaded[1]), -1), loaded[2]))
+    if name == "folder":
+        trained_on, tested = ({hashlib.sha256(image.numpy()).digest() for image in images} for images, *_ in parts)
+        copies = len(trained_on & tested)
+        if copies:
+            note(f"warning: {copies} of the {len(tested)} different test images are training images too")
     if own and [len(parts[0][0]), zlib.crc32(parts[0][0].numpy())] != run.images:
         note(f"{run.path} was trained on {run.images[0]} other images than the {len(parts[0][0])} here")
     return parts
@@ -298,7 +304,7 @@ def table(run: Run, data: list[tuple], ks=KS, inside=True) -> list[dict]:
         kinds = ()
     votes = [k for k in ks if k < known.sum()]
     if kinds and len(votes) < len(ks):
-        note(f"no kNN of as many neighbours as there are training images, {int(known.sum())}")
+        note(f"no kNN for k of {int(known.sum())} or more, the number of training images")
     train_images, rows = images if known.all() else images[known], []
     for suffix, source in (("", run), (" untrained", untrained(run))):
         train_x = features(source, train_images, inside=inside) if kinds else {}

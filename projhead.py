@@ -180,7 +180,7 @@ def _restart(optimizer: torch.optim.Optimizer, steps: int, start: list[Tensor] |
         raise ValueError(f"steps must be at least 1, not {steps}")
     phi = [p for group in optimizer.param_groups for p in group["params"]]
     if start is not None and [p.shape for p in phi] != [first.shape for first in start]:
-        raise ValueError(f"start has {len(start)} tensors, which are not of the shapes of the optimizer's {len(phi)}")
+        raise ValueError(f"start must be {len(phi)} tensors, of the shapes of the optimizer's parameters")
     for p, first in zip(phi, start or ()):
         p.copy_(first)
         optimizer.state[p].get("momentum_buffer", torch.zeros(())).zero_()

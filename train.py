@@ -224,7 +224,8 @@ def parser() -> Parser:
     add("--dataset", choices=SIZES, help="Images: shapes are drawn, folder is your own. Default: shapes.")
     add("--data", type=path, metavar="DIR", help="Folder of the data set, which is downloaded if it is not there. For "
         "--dataset folder: DIR/train/CLASS and DIR/test/CLASS, or DIR/CLASS, a fifth for testing. Default: data.")
-    add("--limit", type=number(int, 2), metavar="N", help="Train on the first N images only. Default: all.")
+    add("--limit", type=number(int, 2), metavar="N", help="Train on N images only: the first, of a folder some of each "
+        "class. Default: all.")
     add("--image-size", type=number(int, 8, 512), help="Pixels to which a folder's images are cut. Default: 64.")
     add("--crop-scale", type=number(float, 0.01, 1), help="Smallest area of a crop. Default: 0.2; 0.5 for shapes.")
     add("--hue", type=number(float, 0, 0.5), help="Largest shift of the hue, in turns. Default: 0.1; 0.5 for shapes.")
@@ -415,13 +416,15 @@ def folder_parts(root: Path) -> tuple[list, list, list[str], list[str]]:
     else:
         test, testing = None, [file for file in training if is_held_out(file[0])]
         training = [file for file in training if not is_held_out(file[0])]
-    seen = len({name for *_, name in testing} & set(classes))
+    seen = {name for *_, name in testing}
+    strange, unseen = sorted(seen - {"", *classes}), sorted(set(classes) - seen)
     beside = [folder.name for folder in below if base != root and folder not in (base, test, *(() if test else tests))]
     loose = sum(name == "" for *_, name in training)
     empty, like_parts = folders - set(classes), [c for c in classes if c.lower().startswith(("train", "test", "val"))]
     return training, testing, classes, [line for applies, line in (
         (True, f"folder {base}: {len(training):,} images of {len(classes)} classes to train on, {len(testing):,} of "
-               f"{seen} classes to test on, " + (f"in {test}" if test else "a fifth, by a hash of their names")),
+               f"{len(classes) - len(unseen)} classes to test on, "
+               + (f"in {test}" if test else "a fifth, by a hash of their names")),
         (tests and not test, f"warning: no labelled images of these classes in {listed(t.name for t in tests)}"),
         (beside, f"left out, beside the parts: {listed(beside)}"),
         (loose and classes, f"warning: {loose:,} images to train on are in no class folder"),
@@ -429,6 +432,8 @@ def folder_parts(root: Path) -> tuple[list, list, list[str], list[str]]:
         (empty, f"warning: no images in {listed(sorted(empty))}: not taken as classes"),
         (not classes, "warning: no classes, as no subfolder holds images: there will be no accuracies"),
         (len(classes) == 1, f"warning: one class, {listed(classes)}" + f": is {root} a level too high?" * (not test)),
+        (strange, f"warning: in {test} are no classes of the training part, hence without a label: {listed(strange)}"),
+        (unseen, f"warning: classes without a test image: {listed(unseen)}"),
         (like_parts, f"warning: classes that are named like parts: {listed(like_parts)}")) if applies]
 
 
@@ -473,10 +478,11 @@ def decoded(paths: list[str], size: int) -> tuple[Tensor, Tensor]:
     The file holds the images, then a byte for each path. Its name is a hash of what it was made of, and how; it may be
     deleted. Raises UserError where over 1 % and over 10 of the images cannot be read, or the file not be written.
     """
-    files = [os.stat(path) for path in paths if os.path.exists(path)]               # not a link to nothing
-    made_of = repr([inspect.getsource(read_image), size, paths, [(at.st_size, at.st_mtime_ns) for at in files]])
+    stats = [os.stat(path) for path in paths if os.path.exists(path)]               # not a link to nothing
+    changed = [(at.st_size, at.st_mtime_ns, at.st_ctime_ns) for at in stats]
+    made_of = repr([inspect.getsource(read_image), size, paths, changed])
     file = cache() / f"{hashlib.sha256(made_of.encode(errors='replace')).hexdigest()[:32]}.images"
-    if not file.is_file():
+    if not mapped(file, len(paths), size):
         note(f"decoding {len(paths):,} images to {file}")
         readable, bad = bytearray(len(paths)), 0
         progress = Progress(len(paths), sys.stderr, "image")
@@ -496,11 +502,21 @@ def decoded(paths: list[str], size: int) -> tuple[Tensor, Tensor]:
                         raise UserError(f"over 1 % of {len(paths)} images cannot be read, the last {paths[i]}: {image}")
                 progress(start + len(part))
             new.write(readable)
+        if bad:
+            note(f"left out {bad} of {len(paths):,} images in all, which cannot be read")
+    return mapped(file, len(paths), size)
+
+
+def mapped(file: Path, count: int, size: int) -> tuple[Tensor, Tensor] | None:
+    """What `decoded` returns, from its file; None where that is not there or not whole."""
+    if not file.is_file() or file.stat().st_size < count:
+        return None
     with open(file, "rb") as f, warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # torch's, that it cannot be written to
         whole = torch.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.uint8)
-    images, readable = whole.split([len(whole) - len(paths), len(paths)])
-    return images.view(len(images) // (3 * size**2), 3, size, size), readable.bool()
+    pixels, readable = whole[:len(whole) - count], whole[len(whole) - count:].bool()
+    shape = int(readable.sum()), 3, size, size
+    return (pixels.view(shape), readable) if len(pixels) == math.prod(shape) else None
 
 
 def cache() -> Path:
@@ -821,7 +837,7 @@ def start_run(args, images: Tensor, model: Model, theta, phi, per_epoch: int, de
     say(f"{args.out}: {len(images)} images of {args.image_size} px, {args.encoder} in {args.precision} on {device}, "
         f"step {run.step} of {run.total}" + f", {world_size()} processes" * (world_size() > 1))
     if per_epoch < 10:
-        note(f"warning: {per_epoch} steps an epoch, {run.total} in all: a smaller --batch-size makes more")
+        note(f"warning: only {per_epoch} step(s) an epoch, {run.total} in all: a smaller --batch-size makes more")
     run.epoch_began = time.perf_counter()
     return run
 
@@ -841,8 +857,8 @@ def refuse_another(run, old: dict) -> None:
 
 def read_checkpoint(file: Path) -> dict:
     """What a checkpoint holds; reading it runs no code. Raises UserError, and OSError where it may not be read."""
-    content = file.read_bytes()
     with checkpoint_errors(file):
+        content = file.read_bytes()
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         checkpoint["args"].items(), checkpoint["images"][1], int(checkpoint["step"])        # ours has these
         return checkpoint | {"crc": zlib.crc32(content)}
@@ -850,14 +866,16 @@ def read_checkpoint(file: Path) -> dict:
 
 @contextlib.contextmanager
 def checkpoint_errors(file: Path):
-    """What fails inside is the content of the file: UserError. Too little memory, or no permission, is passed on."""
+    """UserError for what fails inside by the content of the file, or for want of memory. An OSError is passed on."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # of torch, about old kinds of files
             yield
     except Exception as e:                                      # of pickle, zipfile, torch
-        if isinstance(e, (UserError, OSError)) or out_of_memory(e):
+        if isinstance(e, (UserError, OSError)):
             raise
+        if out_of_memory(e):
+            raise UserError(f"out of memory: {file} could not be read") from None
         raise UserError(f"{file} is damaged, or not a checkpoint of ours ({type(e).__name__})") from None
 
 
