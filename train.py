@@ -130,7 +130,7 @@ def train(args) -> None:
     theta, phi = optimizers(model, args)
     run = start_run(args, images, model, theta, phi, per_epoch, device)
     peak, progress = args.lr * N / 256, Progress(run.total, done=run.step)
-    with first_signal() as caught:
+    with stop_signal() as caught:
         for step in range(run.step, run.total):
             lr = learning_rate(step, run.total, peak, args.warmup)
             for group in theta.param_groups + phi.param_groups:
@@ -1036,7 +1036,7 @@ def average_gradients(optimizer, *_) -> None:
 
 
 @contextlib.contextmanager
-def first_signal():
+def stop_signal():
     """A list that will hold the first SIGINT or SIGTERM; a second one ends the process. Only in a single process, whose
     main thread this is."""
     caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
