@@ -1578,11 +1578,11 @@ def test_transfer_to_a_folder_of_pictures(evaluated, monkeypatch, capsys):
 
 
 def test_test_images_that_are_training_images_are_counted(capsys):
-    pictures("p/train", 12), pictures("p/test", 4), pictures("p/test", 24, classes="c")
+    pictures("p/train", 16), pictures("p/test", 4), pictures("p/test", 24, classes="c")
     run(SMALL + "p --image-size 16 --epochs 1")
     capsys.readouterr()
     evaluation.load_data(evaluation.load_run("run"))
-    assert "warning: 12 of the 24 different test images are training images too" in capsys.readouterr().err
+    assert "warning: 16 of the 24 different test images are training images too" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- pictures
