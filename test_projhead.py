@@ -2255,7 +2255,7 @@ def test_the_documents_commands_parse(monkeypatch, capsys):
     flags = re.findall(r"--[a-z-]+", capsys.readouterr().out)
     blocks = re.findall(r"```sh\n(.*?)```", docs(), re.S)
     lines = re.split(r"\n|&&", re.sub(r"#.*", "", "\n".join(blocks)))
-    spans = re.findall(r"`((?:python|--)[^`]*)`", docs())
+    spans = re.findall(r"`((?:python|--)[^`]*)`", re.sub(r"```.*?```", "", docs(), flags=re.S))
     scripts = []
     for command in lines + spans:
         command = re.sub(r"\bFLAGS\b|\.\.\.|; done", "", command).replace("$head", "mlp").replace("$seed", "1")
