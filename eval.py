@@ -467,26 +467,9 @@ def read_lines(files: list[str]) -> list[dict]:
                 missing = True
             if missing:
                 raise UserError(f"{file}, line {i}: not what eval.py --json writes")
-            key = json.dumps([line.get(name) for name in ("run", "args", "images", "dataset", "data")])
+            key = json.dumps([line["run"], line["args"], line["images"]])
             found[key] = found.get(key, {}) | line
     return list(found.values())
-
-
-def elsewhere(line: dict, args) -> dict:
-    """Where a run is to be probed, if not with its own images: that is written into its line."""
-    dataset = {"dataset": args.dataset} if args.dataset not in (None, line["args"]["dataset"]) else {}
-    return dataset | ({"data": Path(args.data).name} if args.data else {})
-
-
-def check_held(line: dict, probes: list[str], args) -> None:
-    """Raises UserError where a line from a file does not answer what is asked."""
-    missing = [f"--probe {probe}" for probe in probes if probe not in line]
-    columns = {key.split()[0] for row in line.get("labels", []) for key in row}
-    missing += [f"--k {k}" for k in args.k or () if f"knn{k}" not in columns]
-    if {key: line[key] for key in ("dataset", "data") if key in line} != elsewhere(line, args):
-        missing = ["these images: see --dataset and --data"]
-    if missing:
-        raise UserError(f"the line of {line['run']} does not have {missing[0]}; its folder is needed for that")
 
 
 # ---------------------------------------------------------------------------- methods: runs but for the seed
@@ -804,7 +787,10 @@ def parse_args() -> argparse.Namespace:
              "--neighbors and --views draw a picture of one run, and no table"),
             (args.views and args.dataset, "--views is of the run's own data set"),
             (args.k and args.probe == "transform", "--k: there is kNN among the label probes only"),
-            (args.json and args.columns, "--json has all columns")):
+            (args.json and (args.columns or args.dataset or args.k),
+             "--json has all columns, of the run's own data set"),
+            (any(path.endswith(".jsonl") for path in args.run) and (args.dataset or args.data or args.k),
+             "--dataset, --data and --k measure anew: they need the runs' folders")):
         if clash:
             raise UserError(why)
     return args
@@ -877,13 +863,12 @@ def main() -> None:
         if clash:
             raise UserError(why)
     for line, run in found:
-        if run is None:
-            check_held(line, probes, args)
+        if missing := [] if run else [probe for probe in probes if probe not in line]:
+            raise UserError(f"the line of {line['run']} lacks --probe {missing[0]}: it needs the run's folder")
 
     for line, run in found:
-        if run is not None:
+        if run:
             line |= {probe: measured(run, probe, ks, args.dataset, args.data, args.taps) for probe in probes}
-            line |= elsewhere(line, args)
         if line["step"] < line["steps"]:
             note(f"{line['run']} is not finished: step {line['step']} of {line['steps']}")
         if args.json:
