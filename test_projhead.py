@@ -2288,6 +2288,22 @@ def test_the_documents_links_and_pictures_exist():
     assert HERE / ".github/neighbors.png" in local and all(path.is_file() for path in local)
 
 
+def test_the_results_are_what_their_commands_print(evaluated, monkeypatch, tmp_path):
+    """Each table below a command on .github/runs.jsonl, and each figure that is there."""
+    text, count = DOCS[1].read_text("utf-8"), 0
+    monkeypatch.chdir(HERE)
+    for command, table in re.findall(r"`python eval\.py (\.github/runs\.jsonl[^`]*)`.*\n+((?:\|.*\n)*)", text):
+        file = re.search(r"--plot (\S+)", command)
+        if file:
+            evaluated(command.replace(file[1], str(tmp_path / "again.svg")))
+            assert (tmp_path / "again.svg").read_bytes() == Path(file[1]).read_bytes(), command
+        else:
+            printed = [line for line in evaluated(command).splitlines(True) if line.startswith("|")]
+            assert "".join(printed) == table, command
+        count += 1
+    assert count
+
+
 def test_the_readmes_code_runs_as_it_stands():
     blocks = re.findall(r"```python\n(.*?)```", DOCS[0].read_text("utf-8"), re.S)
     assert len(blocks) == 3
