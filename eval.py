@@ -68,8 +68,8 @@ COLUMNS = {
     "gray": Column("transform", "h z", ".1f", "was its colour taken away? a linear probe"),
     "quadrant": Column("transform", "h z", ".1f", "which quarter of an image is it? a linear probe"),
     "pruned": Column("log", "h", ".2f", "fraction of h's features that a head with --sparsity no longer reads"),
-    "offdiag": Column("log", "h", ".1f", "norm of the off-diagonal entries of --predictor offdiag"),
-    "moved": Column("log", "h", ".1f", "how far the weight of --predictor linear is from its start"),
+    "offdiag": Column("log", "h", ".3g", "norm of the off-diagonal entries of --predictor offdiag"),
+    "moved": Column("log", "h", ".3g", "how far the weight of --predictor linear is from its start"),
 }
 KINDS = (" shape", " hue")                              # the two labels of the shapes: "linear shape", "linear hue"
 PER_LABEL = ("linear", "l2", "held_out", "knn")         # what each label has a column of its own for
@@ -688,7 +688,7 @@ def plot(path: str, named: dict, x_name: str, y_name: str) -> None:
             pairs = [pair for pair in pairs if math.isfinite(sum(pair))]
             if pairs:
                 x, y = map(statistics.mean, zip(*pairs))
-                series.setdefault(label, []).append((x, y, place != "z"))
+                series.setdefault(f"{label}, n = {len(seeds)}", []).append((x, y, place != "z"))
     if not series:
         raise UserError(f"--plot: no run has both {x_name} and {y_name}")
     draw(path, series, x_name, y_name, radius=2 if x_name == "epoch" else 6)
@@ -844,6 +844,9 @@ def main() -> None:
     if not found:
         raise UserError(f"no line in {', '.join(files)}")
     kinds = sorted({args.dataset or line["args"]["dataset"] for line in lines})
+    if len(kinds) > 1 and not args.json:
+        raise UserError(f"the runs are of different data sets, {' and '.join(kinds)}: choose by --rows \"--dataset "
+                        f"{kinds[-1]}\", or name one to probe them all with by --dataset")
     by_epoch = args.plot and args.columns and args.columns[0] == "epoch"
     probes = ["labels", "transform"] if args.json or args.columns else ["labels"]
     probes = [args.probe] if args.probe else probes
@@ -854,8 +857,6 @@ def main() -> None:
     x_and_y = x_and_y if args.columns else x_and_y[:2]
     named, common = ({}, []) if args.json else methods(lines)
     for clash, why in (
-            (len(kinds) > 1 and not args.json,
-             f"the runs are of different data sets, {' and '.join(kinds)}: name one for all by --dataset"),
             (args.data and "shapes" in kinds, "--data: shapes are drawn, not read: name a --dataset"),
             (args.plot and len(x_and_y) != 2, f"--plot takes two columns, x and y, not {', '.join(x_and_y)}"),
             (args.against and args.against not in named,

@@ -125,10 +125,10 @@ def fit_head(loss_fn, optimizer: torch.optim.Optimizer, steps: int, start: list[
         min over theta of L(theta, phi*(theta)),   phi*(theta) = argmin over phi of L(theta, phi)
 
     loss_fn() computes L from detached h; optimizer holds phi alone: the encoder stays as it is. The caller then makes
-    one step on theta, with phi held fixed. start: the values from which phi starts, its momentum 0; None: where it is.
-    Where the head has a BatchNorm, each inner step moves its running statistics too, which `start` leaves as they are.
-    Returns the loss that the last inner step started from (a detached scalar). Raises ValueError for steps < 1, and for
-    a start of other shapes than phi.
+    one step on theta, with phi held fixed (train_step in train.py). start: the values from which phi starts, its
+    momentum 0; None: where it is. Where the head has a BatchNorm, each inner step moves its running statistics too,
+    which `start` leaves as they are. Returns the loss that the last inner step started from (a detached scalar). Raises
+    ValueError for steps < 1, and for a start of other shapes than phi.
 
     The paper makes the head a component of InfoNCE and derives another optimization from that [paper]. The equation is
     ours, and so are gradient steps, their number and start [reading]. At phi* dL/dphi = 0, hence dL(theta, phi*(theta))
@@ -361,7 +361,8 @@ class LinearPredictor(nn.Linear):
 # ---------------------------------------------------------------------------- 7  measures
 
 def effective_rank(h: Tensor) -> float:
-    """exp(entropy of the normalized singular values) of h (M, D): from 1 to min(M, D). RankMe (2210.02885) [paper]."""
+    """exp(entropy of the normalized singular values) of h (M, D): from 1 to min(M, D). RankMe (2210.02885) [paper].
+    Needs on_cpu."""
     h = on_cpu(h if len(h) > h.shape[1] else h.T)
     s = torch.linalg.eigvalsh(h.T @ h).clamp(min=0).sqrt()          # the singular values, with less work
     s = s / s.sum().clamp(min=1e-300)                               # all zeros have rank 1
@@ -370,13 +371,14 @@ def effective_rank(h: Tensor) -> float:
 
 def spread(z: Tensor) -> float:
     """sqrt(mean ||u||^2 - ||mean u||^2) of z's unit rows u (M, d): 0 where all point one way, 1 where they cancel.
-    [reading]"""
+    [reading] Needs on_cpu."""
     z = F.normalize(on_cpu(z), dim=1)
     return (z.square().sum(dim=1).mean() - z.mean(dim=0).square().sum()).clamp(min=0).sqrt().item()
 
 
 def features_holding(energy: Tensor, fraction: float = 0.99) -> int:
-    """How few features hold that fraction of an energy >= 0 (D,), largest first; 0 where all of it is 0. [reading]"""
+    """How few features hold that fraction of an energy >= 0 (D,), largest first; 0 where all of it is 0. [reading]
+    Needs on_cpu."""
     held = on_cpu(energy).sort(descending=True).values.cumsum(0)
     return int((held < fraction * held[-1]).sum()) + 1 if held[-1] > 0 else 0
 
@@ -422,7 +424,7 @@ class _Gather(torch.autograd.Function):
 
 class SyncBatchNorm(nn.SyncBatchNorm):
     """torch's, which trains on GPUs only (that branch has not run here), and the same on a CPU: statistics over the
-    whole batch, of all processes."""
+    whole batch, of all processes. Needs gather, _float32."""
 
     def forward(self, x):
         if x.is_cuda or not self.training:
@@ -440,7 +442,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 
 def synchronized(module: nn.Module) -> nn.Module:
-    """The module; under torch.distributed each BatchNorm becomes a SyncBatchNorm. Needs SyncBatchNorm."""
+    """The module; under torch.distributed each BatchNorm becomes a SyncBatchNorm. Needs world_size, SyncBatchNorm."""
     if world_size() > 1:
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         for m in module.modules():

@@ -857,7 +857,7 @@ def test_when_a_checkpoint_is_written_and_progress_told(monkeypatch, capsys):
     capsys.readouterr()
     saves_of("--limit 40 --batch-size 2 --epochs 2", 13)        # the first after 10 seconds, then each 60
     told = re.findall(r"^step (\d+)/40  loss -?\d+\.\d\d  (\d+) min left$", capsys.readouterr().out, re.M)
-    assert [int(step) for step, _ in told] == [1, *range(6, 40, 5)] and [told[0][1], told[-1][1]] == ["8", "1"]
+    assert [int(step) for step, _ in told] == [1, *range(6, 40, 5)] and [told[0][1], told[-1][1]] == ["9", "1"]
     now = [0.0]
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
     def told(terminal, done=0):
@@ -868,7 +868,7 @@ def test_when_a_checkpoint_is_written_and_progress_told(monkeypatch, capsys):
             now[0] += 0.25
             progress(i, "loss 4.91" * (i % 2))
         return file.getvalue()
-    assert told(False, 800) == "image 840/1,200  2 min left\nimage 1,080/1,200  0 min left\n"    # of what is left to do
+    assert told(False, 800) == "image 840/1,200  2 min left\nimage 1,080/1,200  1 min left\n"    # of what is left to do
     lines = told(True).split("\r")
     assert [int(line.split()[1].split("/")[0].replace(",", "")) for line in lines[:-1]] == [*range(4, 1200, 4)]
     assert {len(line) for line in lines} == {79, 0} and "\n" not in told(True)          # a line covers the one before
@@ -1393,7 +1393,7 @@ def test_the_tables_of_the_command_line_from_runs_and_from_their_lines(quick, ev
     several = evaluated("runs/new runs/old")
     first = [f"untrained convnet128, {M} images" for M in (16, 8)]      # no mean over probes that see fewer images
     assert column(several) == [*first, "--head mlp --predictor offdiag --limit 16", "--head none --limit 8"]
-    assert column(several, "offdiag h") == ["", "", f"{new['log'][-1]['offdiag']:.1f}", ""]
+    assert column(several, "offdiag h") == ["", "", f"{new['log'][-1]['offdiag']:.3g}", ""]
     Path("x.jsonl").write_text(both)
     shutil.move("runs", "elsewhere")
     assert evaluated("x.jsonl") == several == evaluated("x.jsonl x.jsonl")      # the same line twice is one
@@ -1607,7 +1607,7 @@ def test_plots_have_their_dots_at_the_means(evaluated, capsys):
     assert "a.svg: gray by linear hue" in evaluated("x.jsonl --plot a.svg --columns 'linear hue' gray")    # both probes
     dots, words, lines = drawn()
     assert [*dots.values()] == [[(5, 6, True)], [(15, 16, True), (30, 31, False)], [(30, 31, True)], [(50, 51, False)]]
-    assert {"untrained convnet128", "--head mlp", "--head <none>&", "linear hue", "gray"} < set(words)     # escaped
+    assert {"untrained convnet128, n = 3", "--head mlp, n = 2", "--head <none>&, n = 1", "gray"} < set(words)   # escaped
     assert words[-1] == "filled: h, hollow: z" and [len(line) for line in lines] == [1, 2, 1, 1]
     evaluated("x.jsonl --plot a.svg --columns epoch rank_z")
     dots, words, lines = drawn()
@@ -2309,6 +2309,17 @@ def test_the_readmes_code_runs_as_it_stands():
     assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_docstrings_name_what_else_to_copy():
+    """After "Needs" stands each name of projhead.py that a class or function uses itself."""
+    own = {name: value for name, value in vars(projhead).items() if getattr(value, "__module__", "") == "projhead"}
+    own |= {name: None for name in ("ENCODERS", "NORMS")}
+    for name, value in own.items():
+        if value and value.__doc__:
+            code = re.sub(r'""".*?"""|#.*?\n', "", evaluation.inspect.getsource(value), flags=re.S)
+            used = {other for other in own if re.search(rf"(?<![.\w]){other}\b", code)} - {name}
+            assert used <= set(re.findall(r"\w+", re.split(r"Needs\s", value.__doc__)[-1])), (name, used)
 
 
 def test_names_that_others_rely_on():

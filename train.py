@@ -1080,7 +1080,7 @@ class Progress:
         if now - self.said < self.due or done == self.total:
             return
         minutes = (now - self.began) / (done - self.first) * (self.total - done) / 60
-        words = f"{self.what} {done:,}/{self.total:,}", text, f"{minutes:.0f} min left"
+        words = f"{self.what} {done:,}/{self.total:,}", text, f"{math.ceil(minutes)} min left"
         say("  ".join(filter(None, words)), self.file, end="\r" if self.terminal else "\n")
         self.said, self.due = now, 1 if self.terminal else 60
 
