@@ -619,8 +619,8 @@ def many_table(named: dict, common: list[str], columns: dict[str, Column], args)
         train.say(f"all: {' '.join(common)}")
     print_table([["flags", "n", *(["tap", *columns] if args.taps else map(" ".join, wide))], *lines])
     if args.against:
-        train.say(f"All but `{args.against}` are differences from it, paired by seed: their mean over the n seeds that "
-                  "both have ± the half-width of its 95 % interval (Student's t)")
+        train.say(f"All but `{args.against}`: mean difference from it, paired by seed, ± half of its 95 % interval "
+                  "(Student's t)")
 
 
 # ---------------------------------------------------------------------------- plots
@@ -688,7 +688,7 @@ def plot(path: str, named: dict, x_name: str, y_name: str) -> None:
             pairs = [pair for pair in pairs if math.isfinite(sum(pair))]
             if pairs:
                 x, y = map(statistics.mean, zip(*pairs))
-                series.setdefault(f"{label}, n = {len(seeds)}", []).append((x, y, place != "z"))
+                series.setdefault(f"{label} (n={len(seeds)})", []).append((x, y, place != "z"))
     if not series:
         raise UserError(f"--plot: no run has both {x_name} and {y_name}")
     draw(path, series, x_name, y_name, radius=2 if x_name == "epoch" else 6)

@@ -1607,7 +1607,7 @@ def test_plots_have_their_dots_at_the_means(evaluated, capsys):
     assert "a.svg: gray by linear hue" in evaluated("x.jsonl --plot a.svg --columns 'linear hue' gray")    # both probes
     dots, words, lines = drawn()
     assert [*dots.values()] == [[(5, 6, True)], [(15, 16, True), (30, 31, False)], [(30, 31, True)], [(50, 51, False)]]
-    assert {"untrained convnet128, n = 3", "--head mlp, n = 2", "--head <none>&, n = 1", "gray"} < set(words)   # escaped
+    assert {"untrained convnet128 (n=3)", "--head mlp (n=2)", "--head <none>& (n=1)", "gray"} < set(words)   # escaped
     assert words[-1] == "filled: h, hollow: z" and [len(line) for line in lines] == [1, 2, 1, 1]
     evaluated("x.jsonl --plot a.svg --columns epoch rank_z")
     dots, words, lines = drawn()
