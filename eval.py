@@ -47,7 +47,7 @@ L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 KS = [20, 200]      # neighbours
 PROBED = 10_000     # images of either part that --probe transform looks at, at most
 PIXELS = 2**19      # of a batch: 512 images of 32 x 32
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # Student's t at 97.5 %, 1 to 9 degrees of freedom
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)      # Student's t, 1 to 9 degrees of freedom
 
 
 class Column(NamedTuple):
