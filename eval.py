@@ -788,9 +788,7 @@ def parse_args() -> argparse.Namespace:
             (args.views and args.dataset, "--views is of the run's own data set"),
             (args.k and args.probe == "transform", "--k: there is kNN among the label probes only"),
             (args.json and (args.columns or args.dataset or args.k),
-             "--json has all columns, of the run's own data set"),
-            (any(path.endswith(".jsonl") for path in args.run) and (args.dataset or args.data or args.k),
-             "--dataset, --data and --k measure anew: they need the runs' folders")):
+             "--json has all columns, of the run's own data set")):
         if clash:
             raise UserError(why)
     return args
@@ -857,6 +855,8 @@ def main() -> None:
     x_and_y = x_and_y if args.columns else x_and_y[:2]
     named, common = ({}, []) if args.json else methods(lines)
     for clash, why in (
+            (files and (args.dataset or args.data or args.k),
+             "--dataset, --data and --k measure anew: they need the runs' folders"),
             (args.data and "shapes" in kinds, "--data: shapes are drawn, not read: name a --dataset"),
             (args.plot and len(x_and_y) != 2, f"--plot takes two columns, x and y, not {', '.join(x_and_y)}"),
             (args.against and args.against not in named,
