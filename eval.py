@@ -483,14 +483,7 @@ def identity(line: dict) -> dict:
 
 def flags(line: dict) -> list[str]:
     """What a run is called, flag by flag, the head first."""
-    args, header = line["args"], (line["log"] or [{}])[0]
-    called = f"--head {args['head']}" + (f" --predictor {args['predictor']}" if args["predictor"] != "none" else "")
-    if "called" in args:
-        called = args["called"]
-    elif "train.py" in header.get("command", ""):           # a run from before that was kept
-        with contextlib.suppress(UserError, ValueError, SystemExit):        # a flag that is gone, an odd command
-            called = train.parse_args(shlex.split(header["command"].partition("train.py")[2])).called
-    words = called.split()
+    words = line["args"].get("called", f"--head {line['args']['head']}").split()         # older runs do not say it
     return [f"{flag} {value}" for flag, value in zip(words[::2], words[1::2])]
 
 

@@ -212,14 +212,11 @@ def sparsity(head: nn.Module, norm: str = "l21") -> Tensor:
     BatchNorm follows, the scale of each row of W is free (but for its eps), and R is that of W with unit rows: then the
     plain norms are the others times sqrt(out). R still changes where z does not: if h_i is scaled by s and W_:,i by
     1/s, as the encoder's last BatchNorm allows; in a head without BatchNorm, if W's row is and W2's column by 1/s.
-    ValueError for another norm, a head without linear layer, and "l21-out" before a BatchNorm, where it is constant.
-    Needs NORMS, first_weight.
+    ValueError for another norm and for a head without linear layer. Needs NORMS, first_weight.
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
     W, free_rows = first_weight(head)
-    if free_rows and norm == "l21-out":
-        raise ValueError("l21-out is constant where a BatchNorm follows the first layer")
     return NORMS[norm](F.normalize(W, dim=1) if free_rows else W)
 
 
@@ -482,7 +479,6 @@ PREDICTORS: dict[str, type] = {
 LOSSES = {"infonce": nt_xent, "barlow": barlow, "cosine": negative_cosine, "bn": bn_mse}
 NORMS = {                        # of W (out, in)
     "l21": lambda W: W.norm(dim=0).sum() / W.norm(),             # over input features: whole columns
-    "l21-out": lambda W: W.norm(dim=1).sum() / W.norm(),         # over output units: whole rows
     "l1": lambda W: W.abs().sum() / W.norm(),                    # over single weights
     "l21-plain": lambda W: W.norm(dim=0).sum(),                  # group lasso
     "l1-plain": lambda W: W.abs().sum(),                         # lasso

@@ -297,8 +297,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     default("sparsity", 0.1 if args.head == "sparse" else 0.0)
     refuse(args.sparsity and not args.head_lr, f"--sparsity: --head {args.head} has no weights that train")
     default("sparsity_norm", "l21", args.sparsity, "needs --sparsity LAMBDA or --head sparse")
-    refuse(args.sparsity_norm == "l21-out" and (hidden_bn if deep else end_bn),
-           "--sparsity-norm: l21-out is constant where a BatchNorm follows: add --head-bn none")
 
     default("dataset", "shapes")
     shapes, size = args.dataset == "shapes", SIZES[args.dataset]
