@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 import projhead
-from train import UserError, note
+from train import UserError, note, refuse
 
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 KS = [20, 200]      # neighbours
@@ -170,8 +170,7 @@ def features(run, images: Tensor, view=None, inside=True) -> dict[str, Tensor]:
                 parts[tap].append(y)
         progress(start + len(batch))
     found = {tap: torch.cat(part) for tap, part in parts.items()}
-    if not all(x.isfinite().all() for x in found.values()):
-        raise UserError(f"the features of {run.path} are not finite")
+    refuse(not all(x.isfinite().all() for x in found.values()), f"the features of {run.path} are not finite")
     if any(not torch.equal(value, before[name]) for name, value in networks.state_dict().items()):
         raise RuntimeError("the frozen networks moved during evaluation")
     return found
@@ -386,8 +385,7 @@ def transform_table(run: Run, data: list[tuple], inside=True) -> list[dict]:
     images are looked at, and no labels. Raises UserError for fewer than 5 training images.
     """
     images, test_images = (part[:PROBED] for part, _, _ in data)
-    if len(images) < 5:
-        raise UserError(f"--probe transform needs at least 5 training images, not {len(images)}")
+    refuse(len(images) < 5, f"--probe transform needs at least 5 training images, not {len(images)}")
     rows = {}
     for suffix, source in (("", run), (" untrained", untrained(run))):
         for column, (transform, classes) in TRANSFORMS.items():
@@ -550,8 +548,7 @@ def columns_of(typed: list[str] | None, probes: list[str], ks: list[int], shapes
     for word in typed:
         meant = {name: column for name, column in names.items()
                  if word in (name, name.split()[0]) or word == "knn" and name.startswith("knn")}
-        if not meant:
-            raise UserError(f"--columns: no column {word}; there are {', '.join(names)}")
+        refuse(not meant, f"--columns: no column {word}; there are {', '.join(names)}")
         chosen |= meant
     return chosen
 
@@ -569,8 +566,7 @@ def cell(form: str, numbers: list, difference: bool = False) -> str:
 def print_table(lines: list[list]) -> None:
     """Print rows of cells, the first of them the names of the columns. A column without any other cell is left out.
     Raises UserError where there are no rows."""
-    if len(lines) < 2:
-        raise UserError("no run has any of these columns")
+    refuse(len(lines) < 2, "no run has any of these columns")
     columns = [column for column in zip(*lines) if any(str(value) for value in column[1:])]
     widths = [max(len(str(value)) for value in column) for column in columns]
     first, *rest = zip(*columns)
@@ -682,8 +678,7 @@ def plot(path: str, named: dict, x_name: str, y_name: str) -> None:
             if pairs:
                 x, y = map(statistics.mean, zip(*pairs))
                 series.setdefault(f"{label} (n={len(seeds)})", []).append((x, y, place != "z"))
-    if not series:
-        raise UserError(f"--plot: no run has both {x_name} and {y_name}")
+    refuse(not series, f"--plot: no run has both {x_name} and {y_name}")
     draw(path, series, x_name, y_name, radius=2 if x_name == "epoch" else 6)
 
 
@@ -774,16 +769,12 @@ def parse_args() -> argparse.Namespace:
     add("--views", type=file_name(".png"), metavar="PNG", help="A picture: training images and views of them.")
     args = p.parse_args()
     args.data = args.data and os.path.abspath(args.data)
-    pictured = args.neighbors or args.views
-    for clash, why in (
-            (pictured and (args.rows or args.columns or args.taps or args.probe or args.k or len(args.run) > 1),
-             "--neighbors and --views draw a picture of one run, and no table"),
-            (args.views and args.dataset, "--views is of the run's own data set"),
-            (args.k and args.probe == "transform", "--k: there is kNN among the label probes only"),
-            (args.json and (args.columns or args.dataset or args.k),
-             "--json has all columns, of the run's own data set")):
-        if clash:
-            raise UserError(why)
+    of_tables = args.rows or args.columns or args.taps or args.probe or args.k or len(args.run) > 1
+    refuse((args.neighbors or args.views) and of_tables,
+           "--neighbors and --views draw a picture of one run, and no table")
+    refuse(args.views and args.dataset, "--views is of the run's own data set")
+    refuse(args.k and args.probe == "transform", "--k: there is kNN among the label probes only")
+    refuse(args.json and (args.columns or args.dataset or args.k), "--json has all columns, of the run's own data set")
     return args
 
 
@@ -797,8 +788,7 @@ def matching(found: list[tuple], texts: list[str]) -> list[tuple]:
             raise UserError(f"--rows {text}: {e}") from None
         typed = {flag: value for flag, value in vars(train.parser().parse_args(words)).items() if value is not None}
         fits = [pair for pair in found if typed.items() <= pair[0]["args"].items()]
-        if not fits:
-            raise UserError(f"--rows: no run has {text}")
+        refuse(not fits, f"--rows: no run has {text}")
         kept += fits
     return [pair for pair in found if pair in kept]
 
@@ -816,13 +806,11 @@ def main() -> None:
     full_float32()
     newest = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda file: file.stat().st_mtime)[-1:]
     paths, device = args.run or [str(file) for file in newest], train.usable(args.device)
-    if not paths:
-        raise UserError("no run in runs/: make one by python train.py, or name its folder")
+    refuse(not paths, "no run in runs/: make one by python train.py, or name its folder")
     files = [path for path in paths if path.endswith(".jsonl")]
     runs = [load_run(path, device) for path in paths if path not in files]
     if args.neighbors or args.views:
-        if files:
-            raise UserError("--neighbors and --views need a run's folder")
+        refuse(files, "--neighbors and --views need a run's folder")
         if args.neighbors:
             draw_neighbors(args.neighbors, runs[0], args.dataset, args.data)
         else:
@@ -832,12 +820,11 @@ def main() -> None:
     found = [*((line, None) for line in read_lines(files)), *((describe(run), run) for run in runs)]
     found = matching(found, args.rows) if args.rows else found          # each with the run to measure, or None
     lines, ks = [line for line, _ in found], args.k or KS
-    if not found:
-        raise UserError(f"no line in {', '.join(files)}")
+    refuse(not found, f"no line in {', '.join(files)}")
     kinds = sorted({args.dataset or line["args"]["dataset"] for line in lines})
-    if len(kinds) > 1 and not args.json:
-        raise UserError(f"the runs are of different data sets, {' and '.join(kinds)}: choose by --rows \"--dataset "
-                        f"{kinds[-1]}\", or name one to probe them all with by --dataset")
+    refuse(len(kinds) > 1 and not args.json,
+           f"the runs are of different data sets, {' and '.join(kinds)}: choose by --rows \"--dataset {kinds[-1]}\", "
+           "or name one to probe them all with by --dataset")
     by_epoch = args.plot and args.columns and args.columns[0] == "epoch"
     probes = ["labels", "transform"] if args.json or args.columns else ["labels"]
     probes = [args.probe] if args.probe else probes
@@ -847,18 +834,15 @@ def main() -> None:
     x_and_y = args.columns if by_epoch else list(columns)
     x_and_y = x_and_y if args.columns else x_and_y[:2]
     named, common = ({}, []) if args.json else methods(lines)
-    for clash, why in (
-            (files and (args.dataset or args.data or args.k),
-             "--dataset, --data and --k measure anew: they need the runs' folders"),
-            (args.data and "shapes" in kinds, "--data: shapes are drawn, not read: name a --dataset"),
-            (args.plot and len(x_and_y) != 2, f"--plot takes two columns, x and y, not {', '.join(x_and_y)}"),
-            (args.against and args.against not in named,
-             f"--against: no row {args.against!r}; there are {', '.join(map(repr, named))}")):
-        if clash:
-            raise UserError(why)
+    refuse(files and (args.dataset or args.data or args.k),
+           "--dataset, --data and --k measure anew: they need the runs' folders")
+    refuse(args.data and "shapes" in kinds, "--data: shapes are drawn, not read: name a --dataset")
+    refuse(args.plot and len(x_and_y) != 2, f"--plot takes two columns, x and y, not {', '.join(x_and_y)}")
+    refuse(args.against and args.against not in named,
+           f"--against: no row {args.against!r}; there are {', '.join(map(repr, named))}")
     for line, run in found:
-        if missing := [] if run else [probe for probe in probes if probe not in line]:
-            raise UserError(f"the line of {line['run']} lacks --probe {missing[0]}: it needs the run's folder")
+        for probe in probes if run is None else ():
+            refuse(probe not in line, f"the line of {line['run']} lacks --probe {probe}: it needs the run's folder")
 
     for line, run in found:
         if run:

@@ -122,10 +122,9 @@ def train(args) -> None:
     images = training_images(args, device)              # uint8 M x 3 x S x S
     N = min(args.batch_size, len(images))               # images a step, over all processes
     per_epoch = len(images) // N                        # the last short batch is left out, another one each epoch
-    if N % world_size():
-        raise UserError(f"--batch-size {N} does not divide evenly over {world_size()} processes")
-    if world_size() > 1 and args.inner_gradient == "unrolled":
-        raise UserError("--inner-gradient: unrolled runs in one process only")
+    refuse(N % world_size(), f"--batch-size {N} does not divide evenly over {world_size()} processes")
+    refuse(world_size() > 1 and args.inner_gradient == "unrolled",
+           "--inner-gradient: unrolled runs in one process only")
     model = build(args, device)
     theta, phi = optimizers(model, args)
     run = start_run(args, images, model, theta, phi, per_epoch, device)
@@ -156,6 +155,11 @@ PLACES = ("data", "out", "device", "called")        # arguments that are no part
 
 class UserError(Exception):
     """Something the user can mend; shown as one line on stderr, exit code 2."""
+
+
+def refuse(clash, why: str) -> None:
+    if clash:
+        raise UserError(why)
 
 
 class Parser(argparse.ArgumentParser):
@@ -258,9 +262,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     def default(flag, value, applies=True, why=""):     # as typed, else the default; None where it has no meaning
         refuse(flag in typed and not applies, f"--{flag.replace('_', '-')}: {why}")
         setattr(args, flag, typed.get(flag, value if applies else None))
-    def refuse(clash, why):
-        if clash:
-            raise UserError(why)
 
     default("predictor", "none")
     predicts, trains = args.predictor != "none", args.predictor not in ("none", "identity")
@@ -373,16 +374,13 @@ FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP"]                     # th
 
 def load_folder(root: Path, train: bool, size: int, limit: int | None) -> tuple[Tensor, Tensor, list[str]]:
     """A part of a folder of images; `folder_parts` has the rules. What was found is said when it is to train on."""
-    if not root.is_dir():
-        raise UserError(f"no folder {root}: name one of images by --data, or use --dataset shapes")
+    refuse(not root.is_dir(), f"no folder {root}: name one of images by --data, or use --dataset shapes")
     training, testing, classes, findings = folder_parts(root)
     for line in findings if train else ():
         note(line)
     files = (training if train else testing)[:limit]    # in the order of a hash, so of all classes
-    if not files:
-        raise UserError(f"no images ({' '.join(IMG_EXTENSIONS)}) in {root} to {'train' if train else 'test'} on")
-    if len(files) < (limit or 0):
-        raise UserError(f"there are {len(files)} training images, and {limit} are needed")
+    refuse(not files, f"no images ({' '.join(IMG_EXTENSIONS)}) in {root} to {'train' if train else 'test'} on")
+    refuse(len(files) < (limit or 0), f"there are {len(files)} training images, and {limit} are needed")
     images, readable = decoded([path for _, path, _ in files], size)
     label = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([label.get(name, -1) for *_, name in files])
@@ -496,8 +494,8 @@ def decoded(paths: list[str], size: int) -> tuple[Tensor, Tensor]:
                         continue
                     note(f"left out {paths[i]}: {image}")
                     bad += 1
-                    if bad > max(10, 0.01 * len(paths)):
-                        raise UserError(f"over 1 % of {len(paths)} images cannot be read, the last {paths[i]}: {image}")
+                    refuse(bad > max(10, 0.01 * len(paths)),
+                           f"over 1 % of {len(paths)} images cannot be read, the last {paths[i]}: {image}")
                 progress(start + len(part))
             new.write(readable)
         if bad:
@@ -520,8 +518,7 @@ def mapped(file: Path, count: int, size: int) -> tuple[Tensor, Tensor] | None:
 def cache() -> Path:
     """Where decoded images lie. Raises UserError where there is no home folder (as in some containers)."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if home.startswith("~"):
-        raise UserError("no home folder for decoded images: name a folder for them by XDG_CACHE_HOME")
+    refuse(home.startswith("~"), "no home folder for decoded images: name a folder for them by XDG_CACHE_HOME")
     return Path(home, "projhead")
 
 
@@ -552,8 +549,7 @@ def training_images(args, device) -> Tensor:
     if world_size() > 1 and not later:
         dist.barrier()
     wanted = 2 if args.dataset == "folder" else args.limit or 2         # load_folder knows what it could not read
-    if len(images) < wanted:
-        raise UserError(f"there are {len(images)} training images, and {wanted} are needed")
+    refuse(len(images) < wanted, f"there are {len(images)} training images, and {wanted} are needed")
     fits = device.type != "cuda" or images.numel() < torch.cuda.mem_get_info(device)[0] / 2
     return images.to(device) if fits else images
 
@@ -810,8 +806,8 @@ def start_run(args, images: Tensor, model: Model, theta, phi, per_epoch: int, de
         total=args.epochs * per_epoch, losses=[], seen=[], shown="", saved=time.perf_counter())
     file, log = Path(args.out, "checkpoint.pt"), Path(args.out, "metrics.jsonl")
     found = [read_checkpoint(file) if rank() == 0 and file.exists() else None]
-    if rank() == 0 and log.exists() and not found[0]:
-        raise UserError(f"--out {args.out} holds a metrics.jsonl without a checkpoint: choose another")
+    refuse(rank() == 0 and log.exists() and not found[0],
+           f"--out {args.out} holds a metrics.jsonl without a checkpoint: choose another")
     if world_size() > 1:
         dist.broadcast_object_list(found)                       # the machines need not share a disk
     old = found[0]
@@ -849,8 +845,7 @@ def refuse_another(run, old: dict) -> None:
         there["images"] = run.images
     differ = [f"{flag.replace('_', '-')} {there.get(flag)} there, {value} here" for flag, value in here.items()
               if flag not in PLACES and there.get(flag) != value]
-    if differ:
-        raise UserError(f"--out {run.args.out} holds another run: {'; '.join(differ)}: choose another")
+    refuse(differ, f"--out {run.args.out} holds another run: {'; '.join(differ)}: choose another")
 
 
 def read_checkpoint(file: Path) -> dict:
