@@ -445,27 +445,23 @@ def measured(run: Run, probe: str, ks: list[int], dataset=None, data=None, insid
 def describe(run: Run) -> dict:
     """A run's line, before anything is measured: its arguments and what it logged."""
     log = []
-    with contextlib.suppress(OSError, ValueError):          # no log, or one that breaks off: as far as it goes
-        for text in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            log.append(json.loads(text))
+    with contextlib.suppress(OSError, ValueError):          # no log, or not ours
+        log = [json.loads(text) for text in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {"run": run.path.resolve().name, "step": run.step, "steps": run.steps, "images": run.images,
             "args": vars(run.args), "log": log}
 
 
 def read_lines(files: list[str]) -> list[dict]:
     """The lines of files that --json made; of two about the same run, the later one counts for all that it holds."""
-    found, keys = {}, {"run", "step", "steps", "images", "args", "log"}
-    flags = {"seed", "dataset", "encoder", "head", "predictor"}
+    found = {}
     for file in files:
         for i, text in enumerate(Path(file).read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
             try:
                 line = json.loads(text)
-                missing = keys - line.keys() or flags - line["args"].keys()
-            except (ValueError, AttributeError, TypeError):
-                missing = True
-            if missing:
-                raise UserError(f"{file}, line {i}: not what eval.py --json writes")
-            key = json.dumps([line["run"], line["args"], line["images"]])
+                key = json.dumps([line["run"], line["args"], line["images"]])
+                line["step"], line["steps"], line["log"], line["args"]["encoder"]           # ours has these
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{file}, line {i}: not what eval.py --json writes") from None
             found[key] = found.get(key, {}) | line
     return list(found.values())
 
