@@ -727,15 +727,6 @@ def draw_views(path: str, run: Run, data=None, n: int = 4, k: int = 8) -> None:
 
 # ---------------------------------------------------------------------------- the command
 
-def file_name(ending: str):
-    """An argparse type: a path with that ending."""
-    def parse(text):
-        if not text.lower().endswith(ending):
-            raise argparse.ArgumentTypeError(f"{text} does not end in {ending}")
-        return train.path(text)
-    return parse
-
-
 def parse_args() -> argparse.Namespace:
     first, _, rest = __doc__.split("\n", 2)
     columns = "\n".join(f"  {name:11}{column.meaning}" for name, column in COLUMNS.items())
@@ -760,11 +751,13 @@ def parse_args() -> argparse.Namespace:
     add = p.add_mutually_exclusive_group().add_argument
     add("--against", metavar="FLAGS", help="Differences from the row that has these flags, paired by seed.")
     add("--json", action="store_true", help="A line of JSON for each run in place of a table, with all columns.")
-    add("--plot", type=file_name(".svg"), metavar="SVG", help="A plot of two columns: h and z of each method.")
-    add("--neighbors", type=file_name(".png"), metavar="PNG", help="A picture: test images, nearest training images.")
-    add("--views", type=file_name(".png"), metavar="PNG", help="A picture: training images and views of them.")
+    add("--plot", type=train.path, metavar="SVG", help="A plot of two columns: h and z of each method.")
+    add("--neighbors", type=train.path, metavar="PNG", help="A picture: test images, nearest training images.")
+    add("--views", type=train.path, metavar="PNG", help="A picture: training images and views of them.")
     args = p.parse_args()
     args.data = args.data and os.path.abspath(args.data)
+    for file, ending in ((args.plot, ".svg"), (args.neighbors, ".png"), (args.views, ".png")):
+        refuse(file and not file.lower().endswith(ending), f"{file} does not end in {ending}")
     of_tables = args.rows or args.columns or args.taps or args.probe or args.k or len(args.run) > 1
     refuse((args.neighbors or args.views) and of_tables,
            "--neighbors and --views draw a picture of one run, and no table")
