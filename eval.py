@@ -486,21 +486,20 @@ def methods(lines: list[dict]) -> tuple[dict, list[str]]:
     where two have one label, also what differs in their arguments. Raises UserError for a seed twice."""
     groups, named = {}, {}
     for line in lines:
-        seeds, seed = groups.setdefault(json.dumps(identity(line), sort_keys=True), {}), line["args"]["seed"]
-        if seed in seeds:
-            raise UserError(f"{line['run']} has the flags and the seed of {seeds[seed]['run']}: leave one out")
-        seeds[seed] = line
+        seeds = groups.setdefault(json.dumps(identity(line), sort_keys=True), {})
+        other = seeds.setdefault(line["args"]["seed"], line)
+        refuse(other is not line, f"{line['run']} has the flags and the seed of {other['run']}: leave one out")
     firsts = [min(seeds.values(), key=lambda line: len(flags(line))) for seeds in groups.values()]
-    shared = set.intersection(*(set(flags(line)) for line in firsts))
-    shared = {flag for flag in shared if not flag.startswith("--head ")}
-    labels = [" ".join(flag for flag in flags(line) if flag not in shared) for line in firsts]
+    shared = [flag for flag in flags(firsts[0]) if all(flag in flags(line) for line in firsts)]
+    common = [flag for flag in shared if not flag.startswith("--head ")]
+    labels = [" ".join(flag for flag in flags(line) if flag not in common) for line in firsts]
     for label, line, seeds in zip(labels, firsts, groups.values()):
         own, alike = identity(line), [identity(other) for other, its in zip(firsts, labels) if its == label]
         for flag in sorted({flag for what in alike for flag in what}):
             if any(what.get(flag) != own.get(flag) for what in alike):
                 label += f" --{flag.replace('_', '-')} {own.get(flag)}"
         named[label] = seeds
-    return named, [flag for flag in flags(firsts[0]) if flag in shared]
+    return named, common
 
 
 def values(line: dict, inside: bool) -> dict:
