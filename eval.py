@@ -507,7 +507,8 @@ def values(line: dict, inside: bool) -> dict:
     found, last = {}, (line["log"] or [{}])[-1]
     for row in line.get("labels", []) + line.get("transform", []):
         if inside or not is_inside(row["tap"]):
-            found |= {(key, row["tap"]): math.nan if value is None else value for key, value in row.items()}
+            found |= {(key, row["tap"]): math.nan if value is None else value
+                      for key, value in row.items() if key != "tap"}
     logged = [name for name in COLUMNS if COLUMNS[name].source == "log" and last.get(name) is not None]
     return found | {(name, "h"): last[name] for name in logged}
 
@@ -585,17 +586,16 @@ def many_table(named: dict, common: list[str], columns: dict[str, Column], args)
     rows, lines = rows_of(named, args.taps), []
     wide = [(name, tap) for name in columns for tap in ("h", "z") if args.columns or tap in columns[name].shown.split()]
     for label, seeds in rows.items():
+        here = dict.fromkeys(tap for found in seeds.values() for name, tap in found if name in columns)
         base = rows[args.against] if args.against not in (None, label) else None
-        shared = [seed for seed in seeds if base is None or seed in base]
-        def text(name, tap):
-            own = {seed: seeds[seed][name, tap] for seed in shared if (name, tap) in seeds[seed]}
-            if base is None:
-                return cell(columns[name].form, list(own.values()))
-            pairs = [(value, base[seed][name, tap]) for seed, value in own.items() if (name, tap) in base[seed]]
-            return cell(columns[name].form, [value - other for value, other in pairs], difference=True)
-        start = [f"`{label}`", len(shared)]
+        if base:
+            seeds = {seed: {place: value - base[seed][place] for place, value in found.items() if place in base[seed]}
+                     for seed, found in seeds.items() if seed in base}
+        def text(*place):
+            numbers = [found[place] for found in seeds.values() if place in found]
+            return cell(columns[place[0]].form, numbers, difference=bool(base))
+        start = [f"`{label}`", len(seeds)]
         if args.taps:
-            here = dict.fromkeys(tap for found in seeds.values() for name, tap in found if name in columns)
             lines += [[*start, tap, *(text(name, tap) for name in columns)] for tap in here if tap != "h untrained"]
         else:
             lines.append([*start, *(text(*each) for each in wide)])
