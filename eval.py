@@ -797,13 +797,11 @@ def main() -> None:
     refuse(not paths, "no run in runs/: make one by python train.py, or name its folder")
     files = [path for path in paths if path.endswith(".jsonl")]
     runs = [load_run(path, device) for path in paths if path not in files]
-    if args.neighbors or args.views:
-        refuse(files, "--neighbors and --views need a run's folder")
-        if args.neighbors:
-            draw_neighbors(args.neighbors, runs[0], args.dataset, args.data)
-        else:
-            draw_views(args.views, runs[0], args.data)
-        return
+    refuse((args.neighbors or args.views) and files, "--neighbors and --views need a run's folder")
+    if args.neighbors:
+        return draw_neighbors(args.neighbors, runs[0], args.dataset, args.data)
+    if args.views:
+        return draw_views(args.views, runs[0], args.data)
 
     found = [*((line, None) for line in read_lines(files)), *((describe(run), run) for run in runs)]
     found = matching(found, args.rows) if args.rows else found          # each with the run to measure, or None
@@ -817,8 +815,7 @@ def main() -> None:
     probes = ["labels", "transform"] if args.json or args.columns else ["labels"]
     probes = [args.probe] if args.probe else probes
     columns = {} if by_epoch else columns_of(args.columns, probes, ks, kinds == ["shapes"])
-    if not args.json:
-        probes = [probe for probe in probes if any(column.source == probe for column in columns.values())]
+    probes = [probe for probe in probes if any(column.source == probe for column in columns.values())]
     x_and_y = args.columns if by_epoch else list(columns)
     x_and_y = x_and_y if args.columns else x_and_y[:2]
     named, common = ({}, []) if args.json else methods(lines)
