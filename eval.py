@@ -734,8 +734,8 @@ def parse_args() -> argparse.Namespace:
     add = p.add_argument
     add("run", nargs="*", type=train.path, metavar="RUN", help="Folders of runs, or files of lines that --json made. "
         "Default: the newest folder in runs/.")
-    add("--rows", nargs="+", metavar="FLAGS", help="Only the runs with all of these flags of train.py, quoted as one; "
-        "of several such, the runs that fit any.")
+    add("--rows", type=shlex.split, nargs="+", metavar="FLAGS", help="Only the runs with all of these flags of "
+        "train.py, quoted as one; of several such, the runs that fit any.")
     add("--columns", nargs="+", metavar="NAME", help="Only these columns, by whole names or first words; with --plot x "
         "and y, of which x may be epoch and y a key of metrics.jsonl.")
     add("--taps", action="store_true", help="Also the layers inside the head, and p: a row for each tap.")
@@ -766,17 +766,13 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def matching(found: list[tuple], texts: list[str]) -> list[tuple]:
-    """The pairs (line, run) with all flags of any of these texts. Raises UserError for a text that fits none."""
+def matching(found: list[tuple], rows: list[list[str]]) -> list[tuple]:
+    """The pairs (line, run) with all flags of any of these rows. Raises UserError for one that fits none."""
     kept = []
-    for text in texts:
-        try:
-            words = shlex.split(text)
-        except ValueError as e:                             # a quotation mark without its other one
-            raise UserError(f"--rows {text}: {e}") from None
+    for words in rows:
         typed = {flag: value for flag, value in vars(train.parser().parse_args(words)).items() if value is not None}
         fits = [pair for pair in found if typed.items() <= pair[0]["args"].items()]
-        refuse(not fits, f"--rows: no run has {text}")
+        refuse(not fits, f"--rows: no run has {' '.join(words)}")
         kept += fits
     return [pair for pair in found if pair in kept]
 
