@@ -907,28 +907,24 @@ def save(run, step: int) -> None:
 
 
 def end_step(run, done: int, lr: float, h: Tensor, model: Model, stopped) -> None:
-    """After `done` steps look at the losses, end the epoch and save, each where it is due."""
+    """After `done` steps look at the losses, end the epoch and save, each where it is due. Raises UserError for a loss
+    that is not finite."""
     ended = done % run.per_epoch == 0
     if ended or stopped or h.device.type == "cpu" or len(run.losses) == 100:
-        look_at_losses(run, done)                               # this waits for a GPU
+        values = torch.stack(run.losses).cpu()                  # this waits for a GPU
+        if world_size() > 1:
+            dist.all_reduce(values)
+            values /= world_size()
+        for i, loss in enumerate(values[:, 0].tolist(), done + 1 - len(values)):
+            if not math.isfinite(loss):
+                raise diverged(f"the loss is {loss}", i, run.args)
+        run.seen.append(values)
+        run.losses, run.shown = [], f"loss {values[-1, 0]:.2f}"
     if ended:
         end_epoch(run, done, lr, h, model)
     due = 30 if ended else 300                                  # seconds after the last checkpoint
     if stopped or done == run.total or time.perf_counter() - run.saved > due:
         save(run, done)
-
-
-def look_at_losses(run, step: int) -> None:
-    """Raises UserError for one that is not finite."""
-    values = torch.stack(run.losses).cpu()
-    if world_size() > 1:
-        dist.all_reduce(values)
-        values /= world_size()
-    for i, loss in enumerate(values[:, 0].tolist(), step + 1 - len(values)):
-        if not math.isfinite(loss):
-            raise diverged(f"the loss is {loss}", i, run.args)
-    run.seen.append(values)
-    run.losses, run.shown = [], f"loss {values[-1, 0]:.2f}"
 
 
 def diverged(what: str, step: int, args) -> UserError:
