@@ -1908,6 +1908,7 @@ def test_paths_as_they_are_typed_and_shapes_as_they_are_drawn(monkeypatch, capsy
     def dataset(root, train, download):
         roots.append((root, download))
         return argparse.Namespace(data=torch.zeros(5, 32, 32, 3).byte().numpy(), targets=[*range(5)], classes=[])
+    dataset.base_folder = "cifar-10-batches-py"
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", dataset), Path("d/cifar-10-batches-py").mkdir(parents=True)
     for root in ("d", "d/cifar-10-batches-py", "other"):
         images, labels, _ = train.load_dataset("cifar10", root, limit=3)

@@ -349,9 +349,8 @@ def load_dataset(name: str, root="data", train=True, size=64, limit: int | None 
     if name == "shapes":
         images, labels = draw_shapes(10_000, seed=1) if train else draw_shapes(4_000, seed=2)
         return images[:limit], labels[:limit], SHAPES
-    make, folder = {"cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py"),
-                    "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python"),
-                    "stl10": (torchvision.datasets.STL10, "stl10_binary")}[name]
+    make = getattr(torchvision.datasets, name.upper())
+    folder = make.base_folder                           # "cifar-10-batches-py", say
     part = dict(split="train+unlabeled" if train else "test") if name == "stl10" else dict(train=train)
     root = Path(root).parent if Path(root).name == folder else Path(root)       # its own folder may be named
     there = (root / folder).exists()
