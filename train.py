@@ -476,7 +476,9 @@ def decoded(paths: list[str], size: int) -> tuple[Tensor, Tensor]:
     stats = [os.stat(path) for path in paths if os.path.exists(path)]               # not a link to nothing
     changed = [(at.st_size, at.st_mtime_ns, at.st_ctime_ns) for at in stats]
     made_of = repr([inspect.getsource(read_image), size, paths, changed])
-    file = cache() / f"{hashlib.sha256(made_of.encode(errors='replace')).hexdigest()[:32]}.images"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")       # some containers have no home
+    refuse(home.startswith("~"), "no home folder for decoded images: name a folder for them by XDG_CACHE_HOME")
+    file = Path(home, "projhead", f"{hashlib.sha256(made_of.encode(errors='replace')).hexdigest()[:32]}.images")
     if not mapped(file, len(paths), size):
         note(f"decoding {len(paths):,} images to {file}")
         readable, bad = bytearray(len(paths)), 0
@@ -512,13 +514,6 @@ def mapped(file: Path, count: int, size: int) -> tuple[Tensor, Tensor] | None:
     pixels, readable = whole[:len(whole) - count], whole[len(whole) - count:].bool()
     shape = int(readable.sum()), 3, size, size
     return (pixels.view(shape), readable) if len(pixels) == math.prod(shape) else None
-
-
-def cache() -> Path:
-    """Where decoded images lie. Raises UserError where there is no home folder (as in some containers)."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    refuse(home.startswith("~"), "no home folder for decoded images: name a folder for them by XDG_CACHE_HOME")
-    return Path(home, "projhead")
 
 
 def read_image(path: str, size: int) -> bytes | str:
