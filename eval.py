@@ -19,9 +19,7 @@ images of the run (its first --limit N); the test images are scored once. Result
 """
 import train                                # first: it sets what torch's threads do while they wait
 import argparse
-import collections
 import contextlib
-import hashlib
 import html
 import inspect
 import json
@@ -157,7 +155,7 @@ def features(run, images: Tensor, view=None, inside=True) -> dict[str, Tensor]:
     networks = nn.ModuleList([run.encoder, run.head, run.predictor]).eval()
     before = {name: value.clone() for name, value in networks.state_dict().items()}
     device, size = next(run.encoder.parameters()).device, run.args.image_size
-    N, parts = max(1, PIXELS // max(size, images.shape[-1]) ** 2), collections.defaultdict(list)
+    N, parts = max(1, PIXELS // max(size, images.shape[-1]) ** 2), {}
     progress = train.Progress(len(images), sys.stderr, what="image")
     for start in range(0, len(images), N):
         rows = slice(start, start + N)
@@ -167,7 +165,7 @@ def features(run, images: Tensor, view=None, inside=True) -> dict[str, Tensor]:
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
         for tap, y in taps(run, x).items():
             if inside or not is_inside(tap):
-                parts[tap].append(y)
+                parts.setdefault(tap, []).append(y)
         progress(start + len(batch))
     found = {tap: torch.cat(part) for tap, part in parts.items()}
     refuse(not all(x.isfinite().all() for x in found.values()), f"the features of {run.path} are not finite")
@@ -280,9 +278,8 @@ def load_data(run: Run, dataset=None, data=None) -> list[tuple]:
         loaded = train.load_dataset(name, root or "data", part, run.args.image_size, limit if part else None)
         parts.append((loaded[0], loaded[1].view(len(loaded[1]), -1), loaded[2]))
     if name == "folder":
-        trained_on, tested = ({hashlib.sha256(image.numpy()).digest() for image in images} for images, *_ in parts)
-        copies = len(trained_on & tested)
-        if copies:
+        trained_on, tested = ({hash(image.numpy().tobytes()) for image in images} for images, *_ in parts)     # 64 bits
+        if copies := len(trained_on & tested):
             note(f"warning: {copies} of the {len(tested)} different test images are training images too")
     if own and [len(parts[0][0]), zlib.crc32(parts[0][0].numpy())] != run.images:
         note(f"{run.path} was trained on {run.images[0]} other images than the {len(parts[0][0])} here")
