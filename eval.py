@@ -456,7 +456,8 @@ def read_lines(files: list[str]) -> list[dict]:
             try:
                 line = json.loads(text)
                 key = json.dumps([line["run"], line["args"], line["images"]])
-                line["step"], line["steps"], line["log"], line["args"]["encoder"]           # ours has these
+                line["step"], line["steps"], line["log"]                                    # ours has these
+                [line["args"][flag] for flag in ("seed", "dataset", "encoder", "head")]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{file}, line {i}: not what eval.py --json writes") from None
             found[key] = found.get(key, {}) | line
@@ -519,8 +520,9 @@ def rows_of(named: dict, inside: bool) -> dict:
             name = f"untrained {line['args']['encoder']}"
             name += f", {line['images'][0]} images" if len(counts) > 1 else ""      # no mean over what saw fewer images
             first = {(key, "h"): value for (key, tap), value in rows[label][seed].items() if tap == "h untrained"}
-            start.setdefault(name, {})[seed] = first
-    return {label: seeds for label, seeds in start.items() if any(seeds.values())} | rows
+            if first:
+                start.setdefault(name, {})[seed] = first
+    return start | rows
 
 
 # ---------------------------------------------------------------------------- tables
@@ -654,7 +656,7 @@ def draw(path: str, series: dict[str, list], x_name: str, y_name: str, radius: i
 
 
 def plot(path: str, named: dict, x_name: str, y_name: str) -> None:
-    """Draw h and z of each method where two columns have them, or a key of metrics.jsonl by epoch: means over seeds."""
+    """Draw h and z of each method in two columns, or a key of metrics.jsonl by epoch: means, where all seeds have it."""
     rows, places = rows_of(named, inside=False), ("h", "z")
     if x_name == "epoch":                                   # the log, with an epoch in place of a tap
         def logged(line):
@@ -666,9 +668,8 @@ def plot(path: str, named: dict, x_name: str, y_name: str) -> None:
     for label, seeds in rows.items():
         for place in places:
             pairs = [[found.get((name, place), math.nan) for name in (x_name, y_name)] for found in seeds.values()]
-            pairs = [pair for pair in pairs if math.isfinite(sum(pair))]
-            if pairs:
-                x, y = map(statistics.mean, zip(*pairs))
+            x, y = map(statistics.mean, zip(*pairs))
+            if math.isfinite(x + y):
                 series.setdefault(f"{label} (n={len(seeds)})", []).append((x, y, place != "z"))
     refuse(not series, f"--plot: no run has both {x_name} and {y_name}")
     draw(path, series, x_name, y_name, radius=2 if x_name == "epoch" else 6)
@@ -758,6 +759,7 @@ def parse_args() -> argparse.Namespace:
     refuse((args.neighbors or args.views) and of_tables,
            "--neighbors and --views draw a picture of one run, and no table")
     refuse(args.views and args.dataset, "--views is of the run's own data set")
+    refuse(args.plot and args.taps, "--plot draws h and z alone")
     refuse(args.k and args.probe == "transform", "--k: there is kNN among the label probes only")
     refuse(args.json and (args.columns or args.dataset or args.k), "--json has all columns, of the run's own data set")
     return args
@@ -831,7 +833,7 @@ def main() -> None:
             train.say(json.dumps(json.loads(json.dumps(line), parse_constant=lambda _: None)))     # JSON has no NaN
     if args.plot:
         plot(args.plot, named, *x_and_y)
-    elif len(found) == 1 and not args.json:
+    elif len(found) == 1 and not args.json and not args.against:
         one_table(lines[0], columns, args.taps)
     elif not args.json:
         many_table(named, common, columns, args)
