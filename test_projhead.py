@@ -196,9 +196,7 @@ def two_processes(action, monkeypatch):
         patch.setenv("MASTER_ADDR", "127.0.0.1"), patch.setenv("MASTER_PORT", str(s.getsockname()[1]))
         s.close()
         codes = [ended(pid) for pid in [forked(action, f"rank{rank}.err", rank, 2) for rank in (0, 1)]]
-        waits = f" waits for 2 processes at 127.0.0.1:{os.environ['MASTER_PORT']}\n"
     errors = [Path(f"rank{rank}.err").read_text() for rank in (0, 1)]
-    assert all(error.startswith(f"process {rank}{waits}") for rank, error in enumerate(errors)), errors
     return codes, [re.sub(r"(process|warning:) .*\n", "", error) for error in errors]
 
 
@@ -329,20 +327,14 @@ def test_heads_and_predictors_map_rows_to_rows():
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("bn", [True, False])
-def test_an_mlp_of_any_depth_is_its_formula(bn, depth):
-    head, h = projhead.SparseHead(6, 4, hidden=9, depth=depth, **{} if bn else {"bn": False}).double(), randn(5, 6)
-    for p in head.parameters():
-        nn.init.normal_(p)
-    *hidden, W, b = head.parameters()
-    z, layers = h, list(zip(*[iter(hidden)] * (3 if bn else 2), strict=True))
-    for W1, *rest in layers:
-        z = z @ W1.T
-        if bn:                                          # its Linear has no bias
-            z = (z - z.mean(0)) / ((z - z.mean(0)).square().mean(0) + 1e-5).sqrt() * rest[0]
-        z = (z + rest[-1]).relu()
-    assert torch.allclose(head(h), z @ W.T + b)
-    widths = [6] + [9] * (depth - 1) + [4]
-    assert [W1.shape for W1, *_ in [*layers, (W, b)]] == list(zip(widths[1:], widths))
+def test_an_mlp_of_any_depth_is_its_layers(bn, depth):
+    head = projhead.SparseHead(6, 4, hidden=9, depth=depth, **{} if bn else {"bn": False})
+    layers, h = [], torch.randn(5, 6)
+    for width in (6, 9, 9)[:depth - 1]:
+        layers += [nn.Linear(width, 9, bias=not bn), *[nn.BatchNorm1d(9)] * bn, nn.ReLU()]
+    plain = nn.Sequential(*layers, nn.Linear(9 if layers else 6, 4))
+    plain.load_state_dict(head.state_dict())
+    assert torch.equal(head(h), plain(h))
     assert [p.shape for p in projhead.MLP(6).parameters()] == [(12, 6), (12,), (12,), (128, 12), (128,)]
 
 
@@ -474,21 +466,12 @@ def bilevel():
     return f, g, lambda: f(x), loss
 
 
-@pytest.mark.parametrize("passes", [3, 4])              # unroll_head computes L(theta, phi_3) too
-def test_inner_steps_start_again_without_momentum_and_move_a_batchnorms_statistics(passes):
+def test_inner_steps_start_again_without_momentum():
     _, g, encode, loss = bilevel()
     h, start, optimizer = encode().detach(), [g.weight.detach().clone()], torch.optim.SGD(g.parameters(), 0.1, 0.9)
     losses = [projhead.fit_head(lambda: loss(h), optimizer, 3) for _ in range(3)]
     assert not losses[0].requires_grad and losses[0] > losses[1] > losses[2]
     assert projhead.fit_head(lambda: loss(h), optimizer, 3, start) == losses[0]
-    head, h = projhead.MLP(4, 3, hidden=5).double(), randn(10, 4)
-    start, optimizer = [randn(*p.shape) for p in head.parameters()], torch.optim.SGD(head.parameters(), 0.0)
-    fit = projhead.fit_head if passes == 3 else functools.partial(projhead.unroll_head, heads=head)
-    for calls in (1, 2):
-        fit(lambda: head(h).square().mean(), optimizer=optimizer, steps=3, start=start)
-        weight = 1 - 0.9 ** (calls * passes)
-        assert torch.allclose(head[1].running_mean, weight * (h @ start[0].T).mean(dim=0))
-        assert head[1].num_batches_tracked == calls * passes and all(map(torch.equal, head.parameters(), start))
 
 
 @pytest.mark.parametrize("steps, momentum, decay", [(1, 0, 0), (3, 0, 0), (3, 0, 0.2), (500, 0.9, 0)])
@@ -517,7 +500,7 @@ def test_envelope_theorem(steps, momentum, decay):
 
 def test_what_inner_steps_do_to_the_encoders_gradient():
     """After some joint training 2 steps leave dL/dtheta nearly as it is, and 20 fit phi to their batch alone."""
-    joint, other_batch = (parsed(f"--head mlp --tau 0.1 {more}") for more in ("", "--inner-steps 2 --inner-batch other"))
+    joint, other_batch = (parsed("--head mlp --tau 0.1 " + more) for more in ("", "--inner-steps 2 --inner-batch other"))
     model, images = train.build(joint), draw_shapes(1024, seed=1)[0]
     theta, phi = train.optimizers(model, joint)
     for step in range(50):
@@ -690,12 +673,7 @@ def test_combinations_train_save_and_evaluate(flags):
         for key, p in module.named_parameters():        # what can be trained was; a bias before a BatchNorm cannot
             moved = not torch.equal(checkpoint[name][key], p) or "bias" in key
             assert moved and checkpoint[name][key].isfinite().all(), (name, key)
-    frozen, images = evaluation.load_run("run"), SETS[4_000][0]
-    features = evaluation.features(frozen, images)
-    with torch.no_grad():
-        h = frozen.encoder(train.normalize(images.float() / 255))
-        own = {"h": h, "z": frozen.head(h), "p": frozen.predictor(frozen.head(h))}
-    assert all(torch.allclose(x, own[tap], atol=1e-4) for tap, x in features.items() if tap in own)
+    features = evaluation.features("run", SETS[4_000][0])
     assert "h" in features and ("p" in features) == (checkpoint["args"]["predictor"] not in ("none", "identity"))
 
 
@@ -729,25 +707,19 @@ def test_a_signal_saves_and_the_printed_command_continues(flags, number, at, mon
 
 @needs_fork
 def test_killed_at_any_moment_it_ends_with_the_same_bits(monkeypatch):
-    flags, began, save = "--predictor mlp --target ema --inner-steps 1 --epochs 6", time.perf_counter(), train.save
+    flags, save = "--predictor mlp --target ema --inner-steps 1 --epochs 4", train.save
     def hasty(run, step):                               # without the 30 seconds between two checkpoints
         save(run, step)
         run.saved -= 100
     monkeypatch.setattr(train, "save", hasty)
     run(flags, "whole")
-    lasts, moments = time.perf_counter() - began, random.Random(0)
     Path("parts").mkdir(), Path("parts/thesis.tex").write_text("chapter 1")
     def dies_in_sync(number):
         count = itertools.count(1)
         monkeypatch.setattr(os, "fsync", lambda _: next(count) == number and os.kill(os.getpid(), signal.SIGKILL))
         run(flags, "parts")
-    for number in (1, 2, 3):                            # of the first checkpoint, the log, the next checkpoint
+    for number in (1, 2, 3, 5):                         # in the first checkpoint, the log, the checkpoint after it
         assert ended(forked(lambda: dies_in_sync(number))) == -signal.SIGKILL
-    for _ in range(4):
-        child = forked(lambda: run(flags, "parts"))
-        time.sleep(moments.uniform(0, lasts / 3))
-        os.kill(child, signal.SIGKILL)
-        assert ended(child) in (0, -signal.SIGKILL), Path("child").read_text()
     run(flags, "parts")
     assert same_run("whole", "parts") and Path("parts/thesis.tex").read_text() == "chapter 1"
     assert {file.name for file in Path("parts").glob("[!.]*")} == {"checkpoint.pt", "metrics.jsonl", "thesis.tex"}
@@ -791,20 +763,15 @@ def test_when_a_checkpoint_is_written_and_progress_told(monkeypatch, capsys):
     saves_of("--limit 40 --batch-size 2 --epochs 2", 13)        # the first after 10 seconds, then each 60
     told = re.findall(r"^step (\d+)/40  loss -?\d+\.\d\d  (\d+) min left$", capsys.readouterr().out, re.M)
     assert [int(step) for step, _ in told] == [1, *range(6, 40, 5)] and [told[0][1], told[-1][1]] == ["9", "1"]
-    now = [0.0]
-    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
-    def told(terminal, done=0):
-        file, now[0] = io.StringIO(), 100.0
-        file.isatty = lambda: terminal
-        progress = train.Progress(1200, file, "image", done)
-        for i in range(done + 1, 1201):
-            now[0] += 0.25
-            progress(i, "loss 4.91" * (i % 2))
-        return file.getvalue()
-    assert told(False, 800) == "image 840/1,200  2 min left\nimage 1,080/1,200  1 min left\n"    # of what is left to do
-    lines = told(True).split("\r")
-    assert [int(line.split()[1].split("/")[0].replace(",", "")) for line in lines[:-1]] == [*range(4, 1200, 4)]
-    assert {len(line) for line in lines} == {79, 0} and "\n" not in told(True)          # a line covers the one before
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    began, progress = now[0], train.Progress(1200, terminal, "image", done=1000)
+    for i in range(1, 401):
+        now[0] = began + i / 2
+        progress(1000 + i // 2, "loss 4.91")
+    *lines, rest = terminal.getvalue().split("\r")      # one a second, which covers the one before
+    assert [len(line) for line in lines] == 199 * [79] and rest == ""
+    assert lines[0].startswith("image 1,001/1,200  loss 4.91  4 min")   # of 199 images, not of 1,200
 
 
 def test_ema_is_an_average_of_byols_schedule(monkeypatch):
@@ -867,7 +834,7 @@ def test_two_processes_sum_the_gradients_of_gathered_losses_and_continue_in_bflo
 
 @needs_fork
 @pytest.mark.parametrize("rank, where, line", [
-    (0, "load_dataset", "out of luck"), (1, "load_dataset", "out of luck"), (1, "train_step", "out of luck"),
+    (0, "load_dataset", "out of luck"), (1, "train_step", "out of luck"),
     (0, "", "--batch-size 15 does not divide evenly over 2 processes")])
 def test_an_error_of_any_rank_is_one_line(rank, where, line, monkeypatch):
     real = getattr(train, where, None)
@@ -897,25 +864,13 @@ def test_what_torchrun_sets_makes_several_processes_and_what_train_sets(monkeypa
                 patch.setenv(name, value) if name != missing else patch.delenv(name, raising=False)
             assert train.join(parsed("--device cpu")) == torch.device("cpu") and bool(asked) == (missing == "")
     assert asked == ["gloo"] and capsys.readouterr().err == "process 1 waits for 4 processes at here:7\n"
-    monkeypatch.delenv("OMP_WAIT_POLICY", False)
-    for name, value, expected in (("", "", "1000"), ("GOMP_SPINCOUNT", "7", "7"), ("OMP_WAIT_POLICY", "passive", None)):
-        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-        monkeypatch.setenv(name or "UNUSED", value)
-        assert fresh() and os.environ.get("GOMP_SPINCOUNT") == expected
+    monkeypatch.delenv("OMP_WAIT_POLICY", False), monkeypatch.delenv("GOMP_SPINCOUNT", False)
+    assert fresh() and os.environ["GOMP_SPINCOUNT"] == "1000"
     source = (HERE / "train.py").read_text()            # torch reads it when it is imported
     assert source.index("GOMP_SPINCOUNT") < source.index("import torch")
 
 
-def test_without_posix_without_distributed_without_labels_and_in_a_thread(monkeypatch):
-    for name in ("fcntl", "resource"):
-        monkeypatch.setitem(sys.modules, name, None)    # its import now fails
-    for name in ("O_NOFOLLOW", "O_DIRECTORY", "fork", "getuid", "setpgid"):
-        monkeypatch.delattr(os, name, raising=False)
-    windows = fresh()
-    pictures("p", 20)
-    for _ in "12":
-        windows.train(windows.parse_args(f"{SMALL} p --limit 8 --batch-size 4 --epochs 2 --out other".split()))
-    assert saved("other")["step"] == 4 and len(log_of("other")) == 3
+def test_without_distributed_without_labels_and_in_a_thread(monkeypatch):
     run("--head mlp --predictor mlp --inner-steps 1", "usual")
     for module in (train, projhead):                    # as in a torch that was built without it
         monkeypatch.setattr(module, "dist", argparse.Namespace(is_available=lambda: False))
@@ -1033,8 +988,8 @@ def test_the_encoder_loads_without_us_and_a_random_head_stays():
 
 
 def test_a_run_that_diverges_stops_and_one_that_cannot_learn_is_warned_of(monkeypatch, capsys):
-    error = one_line_error(lambda: run("--head none --lr 1e30 --warmup 0 --epochs 3"), capsys, "--lr than 1e+30")
-    assert re.search(r"the loss is (nan|inf) in step 2\b", error) and saved()["step"] == 0
+    one_line_error(lambda: run("--head none --lr 1e30 --warmup 0"), capsys, "the loss is ", "in step 2", "--lr")
+    assert saved()["step"] == 0
     train_step = train.train_step
     for part, why in (("f", "a weight or a BatchNorm's statistic"), ("g", "h or z")):
         def overflows(x, model, *rest):                 # in the last step, whose loss does not show it
@@ -1050,8 +1005,7 @@ def test_a_run_that_diverges_stops_and_one_that_cannot_learn_is_warned_of(monkey
     monkeypatch.setattr(train, "train_step", collapses)
     run("--head mlp --limit 9 --batch-size 2 --lr 0 --epochs 2", "collapsed")
     few, collapsed, _ = capsys.readouterr().err.splitlines()
-    assert few == "warning: only 4 step(s) an epoch, 8 in all: a smaller --batch-size makes more"
-    assert collapsed.startswith("warning: z has collapsed, its spread is 0.0000 of at most 1")
+    assert few.startswith("warning: only 4 step(s)") and collapsed.startswith("warning: z has collapsed")
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -1167,9 +1121,7 @@ def test_the_probe_never_sees_test_labels_and_bears_odd_data(monkeypatch):
     assert evaluation.probe(*linear_data(rows=5))[0] > 14       # more columns than rows
     with pytest.raises(ValueError, match="at least 5"):
         evaluation.probe(x[:4], y[:4], test_x, test_y)
-    x = randn(6000, 1, dtype=torch.float32) @ randn(1, 300, seed=1, dtype=torch.float32)
-    moment = evaluation.second_moment(x)                # in parts of 4096 rows
-    assert torch.allclose(moment, x.double().T @ x.double() / 6000, rtol=1e-12, atol=1e-12)
+    x = randn(6000, 1, dtype=torch.float32) @ randn(1, 300, seed=1, dtype=torch.float32)        # collinear columns
     monkeypatch.setattr(evaluation, "L2", (1e-5,))
     assert evaluation.probe(x[:5000], x[:5000, 0] > 0, x[5000:], x[5000:, 0] > 0)[0] > 99
 
@@ -1193,12 +1145,14 @@ def test_the_table_measures_what_its_columns_say(quick, capsys):
     x = [train.normalize(part.float() / 255) for part in (images, test_images)]
     with torch.no_grad():
         a, b = (evaluation.taps(frozen, each) | {"h untrained": first(each)} for each in x)
-        y = frozen.head[0][1](frozen.head[0][0](b["h"]))
+        h, y = frozen.encoder(x[1]), frozen.head[0][1](b["g[0] Linear"])
+        own = {"h": h, "g[1] BatchNorm1d": y, "z": frozen.head(h), "p": frozen.predictor(b["z"])}
+    assert all(torch.allclose(b[tap], y, atol=1e-5) for tap, y in own.items())
     data = evaluation.load_data(frozen)
     rows = evaluation.table(frozen, data, ks=[3, 15])
     assert "no kNN" not in capsys.readouterr().err
     inside = ["g[0] Linear", "g[1] BatchNorm1d", "g[2] ReLU", "g[3] Linear"]
-    assert [row["tap"] for row in rows] == ["h", *inside, "z", "p", "h untrained"] and torch.equal(b[inside[1]], y)
+    assert [row["tap"] for row in rows] == ["h", *inside, "z", "p", "h untrained"]
     close = functools.partial(pytest.approx, rel=1e-4, abs=1e-5)
     for row in rows:
         tap = row["tap"]
@@ -1335,8 +1289,7 @@ def test_the_tables_of_the_command_line_from_runs_and_from_their_lines(quick, ev
     with pytest.raises(SystemExit):
         evaluated("--help")
     text = capsys.readouterr().out
-    names = {key.split()[0] for row in new["labels"] + new["transform"] for key in row} - {"tap", "dim"}
-    assert all(re.search(rf"^  .*\b{name}\b", text, re.M) for name in {"knn20", *names, *evaluation.COLUMNS})
+    assert all(f"\n  {name} " in text for name in evaluation.COLUMNS)
 
 
 def test_many_runs_are_one_table_and_differences_are_paired_by_seed(evaluated, capsys):
@@ -1365,9 +1318,7 @@ def test_many_runs_are_one_table_and_differences_are_paired_by_seed(evaluated, c
         x = torch.linspace(-t, t, 20_001, dtype=double)
         assert torch.trapezoid(torch.distributions.StudentT(df).log_prob(x).exp(), x) == pytest.approx(0.95, abs=1e-3)
     for numbers, plain, difference in (
-            ([], "", ""), ([66.04], "66.0", "+66.0"), ([-0.26], "-0.3", "-0.3"), ([math.nan], "nan", "+nan"),
-            ([65.5, 66.5], "66.0 (sd 0.7)", "+66.0±6.4"), ([0.5, 0.5], "0.5 (sd 0.0)", "+0.5±0.0"),
-            ([1.0, math.inf], "inf (sd nan)", "+inf±nan"), ([*range(12)], "5.5 (sd 3.6)", "+5.5±2.4")):
+            ([1.0, math.nan], "nan (sd nan)", "+nan±nan"), ([*range(12)], "5.5 (sd 3.6)", "+5.5±2.4")):
         assert [evaluation.cell(".1f", numbers, each) for each in (False, True)] == [plain, difference]
 
 
@@ -1497,48 +1448,30 @@ def test_transfer_to_a_folder_of_pictures(monkeypatch, capsys):
     assert roots[::2] == [os.path.abspath("pictures"), "data", "here", os.path.abspath("there"), "data"]
 
 
-def test_test_images_that_are_training_images_are_counted(capsys):
-    pictures("p/train", 16), pictures("p/test", 4), pictures("p/test", 24, classes="c")
-    run(SMALL + "p --image-size 16 --epochs 1")
-    capsys.readouterr()
-    evaluation.load_data(evaluation.load_run("run"))
-    assert "warning: 16 of the 24 different test images are training images too" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- pictures
 
-def drawn():
-    """Of a.svg: {colour: [(x, y, whether filled), ...]} of the dots, in units of the axes; the words; the corners."""
+def test_plots_have_their_dots_at_the_means(evaluated, monkeypatch, capsys):
     import xml.etree.ElementTree as ET
-    parts = list(ET.parse("a.svg").getroot())
-    def of(name):
-        return [part.attrib | {"words": part.text} for part in parts if part.tag.endswith(f"}}{name}")]
-    words, dots = of("text"), {}
-    def place(px, key, other, at, below=0):             # by the first and the last number at the axis
-        ticks = [(float(part[key]) - below, float(part["words"])) for part in words if part[other] == at]
-        (a, low), (b, high) = ticks[0], ticks[-1]
-        assert low < high and (a < b) == (key == "x")   # to the right and upwards
-        return round(low + (float(px) - a) * (high - low) / (b - a), 1)
-    for dot in of("circle"):
-        x, y = place(dot["cx"], "x", "y", "442"), place(dot["cy"], "y", "x", "66", below=5)
-        dots.setdefault(dot["stroke"], []).append((x, y, dot["fill"] == dot["stroke"]))
-    return dots, [part["words"] for part in words], [part["points"].split() for part in of("polyline")]
-
-
-def test_plots_have_their_dots_at_the_means(evaluated, capsys):
+    drawn, draw = [], evaluation.draw
+    monkeypatch.setattr(evaluation, "draw", lambda path, series, *rest, **more: [
+        drawn.append(series), draw(path, series, *rest, **more)])
+    def parts(name, attribute=None):                    # of the file
+        found = [part for part in ET.parse("a.svg").getroot() if part.tag.endswith(f"}}{name}")]
+        return [part.attrib[attribute] if attribute else part.text for part in found]
     log = [[{"command": ""}, *({"epoch": e, "rank_z": e * by, "pruned": None} for e in (1, 2, 3))] for by in (2, 4)]
     written(a_line("--head mlp", 0, 10, 20, 4, log[0]), a_line("--head mlp", 1, 20, 40, 6, log[1]),
             a_line("--head none", 0, 30, None, 4, called="--encoder convnet128 --head <none>&"),
             a_line("--head linear", 5, math.nan, 50))
     assert "a.svg: gray by linear hue" in evaluated("x.jsonl --plot a.svg --columns 'linear hue' gray")    # both probes
-    dots, words, lines = drawn()
-    assert [*dots.values()] == [[(5, 6, True)], [(15, 16, True), (30, 31, False)], [(30, 31, True)], [(50, 51, False)]]
-    assert {"untrained convnet128 (n=3)", "--head mlp (n=2)", "--head <none>& (n=1)", "gray"} < set(words)   # escaped
-    assert words[-1] == "filled: h, hollow: z" and [len(line) for line in lines] == [1, 2, 1, 1]
+    assert drawn == [{"untrained convnet128 (n=3)": [(5, 6, True)], "--head linear (n=1)": [(50, 51, False)],
+                      "--head mlp (n=2)": [(15, 16, True), (30, 31, False)], "--head <none>& (n=1)": [(30, 31, True)]}]
+    assert {*drawn[0], "linear hue", "gray"} < set(parts("text")) and parts("text")[-1] == "filled: h, hollow: z"
     evaluated("x.jsonl --plot a.svg --columns epoch rank_z")
-    dots, words, lines = drawn()
-    assert list(dots.values()) == [[(1, 3, True), (2, 6, True), (3, 9, True)]] and len(lines[0]) == 3
-    assert "filled: h, hollow: z" not in words and {"epoch", "rank_z"} < set(words)
+    assert drawn[1:] == [{"--head mlp (n=2)": [(1, 3, True), (2, 6, True), (3, 9, True)]}]
+    assert parts("polyline", "points") == ["75.0,370.0 292.5,220.0 510.0,70.0"] and "epoch" in parts("text")
+    assert parts("text")[2:-1] == ["1", "1.5", "2", "2.5", "3", "2", "4", "6", "8", "10"]
     for words, error in (("epoch pruned", "no run has both"), ("gray", "two columns"), ("gray moved", "no run has")):
         one_line_error(lambda: evaluated(f"x.jsonl --plot b.svg --columns {words}"), capsys, error)
     assert not Path("b.svg").exists()
@@ -1647,13 +1580,14 @@ def test_float32_is_not_shortened_on_gpus(evaluated):
 
 @pytest.mark.parametrize("some", [True, False])
 def test_images_without_a_label_are_counted(some, quick, monkeypatch, capsys):
-    """One class of the test part is misspelt; or there are no classes."""
+    """One class of the test part is misspelt, and its images are copies of training images; or there are no classes."""
     for part, n, classes in (("train", 20, ["a/images", "b/images"]), ("test", 9, "0b")) if some else (("", 30, [""]),):
         pictures(Path("p", part), n, classes=classes)
     run(SMALL + "p --image-size 16 --limit 16")
-    code, error = evaluates(monkeypatch, capsys, "run")
+    code, error = evaluates(monkeypatch, capsys, "run", besides=("folder ", "decoding ", "measuring "))
     assert code == 0 and "test images have no label" in error and ("no accuracies" in error) != some
-    assert error.startswith("5 of 9 test" if some else "16 of 16 training")
+    assert ("5 of 9 test" if some else "16 of 16 training") in error
+    assert ("warning: 6 of the 9 different test images are training images too" in error) == some
     rows = evaluation.measured(evaluation.load_run("run"), "labels", [1])
     held_out, vote = (404, 100) if some else (None, None)               # four blue images are left, all of class 1
     assert {(row.get("held_out"), row.get("knn1")) for row in rows} == {(held_out, vote)}
@@ -1735,8 +1669,6 @@ def test_copies_are_not_there_and_what_is_odd_in_a_folder_is_said(capsys):
     pictures("flat", 9, classes=[""]), pictures("loose", 9, classes=["", "a", "b"])
     assert "warning: no classes" in said("flat", capsys)[0][1]
     assert re.fullmatch("warning: [23] images to train on are in no class folder", said("loose", capsys)[0][1])
-    pictures("twice/train", 8), pictures("twice/Train", 8), pictures("twice/test", 4)
-    assert "left out, beside the parts: Train" in said("twice", capsys)[0]
 
 
 def test_a_fifth_of_a_folder_is_for_testing_by_posix_names_alone():
@@ -1751,12 +1683,11 @@ def test_a_fifth_of_a_folder_is_for_testing_by_posix_names_alone():
     assert not {image.numpy().tobytes() for image in tests_of_more} & {image.numpy().tobytes() for image in images}
     found, _, _ = train.scan(Path("p/Train"))
     assert found == sorted((zlib.crc32(path[8:].encode()), path, path[8]) for _, path, _ in found)
-    assert (zlib.crc32(b"a/deep/000.png"), "p/Train/a/deep/000.png", "a") in found
     assert [train.is_held_out(n) for n in (0, 6, 7, 34, 35, 3_000_000_001)] == [True, True, False, False, True, False]
 
 
-def test_what_an_image_can_be(tmp_path, monkeypatch):
-    from PIL import EpsImagePlugin, Image
+def test_what_an_image_can_be(monkeypatch):
+    from PIL import Image, ImageOps
     for name in ("1.png", "L.png", "LA.png", "P.png", "RGBA.png", "CMYK.tiff", "F.tiff", "I;16.png"):
         Image.new(name.split(".")[0], (33, 70)).save(name)
         read = train.read_image(name, 16)               # floats and 16 bits have no range of their own
@@ -1767,38 +1698,21 @@ def test_what_an_image_can_be(tmp_path, monkeypatch):
         for limit, good in ((33 * 70 / 2 - 1, False), (33 * 70 / 2, True)):     # Pillow's own, in place of a huge one
             patch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
             assert (len(train.read_image("P.png", 16)) == 3 * 16 * 16) == good
-    program, ran = tmp_path / "gs", tmp_path / "ran"    # the program that Pillow starts for such a file
-    program.write_text(f"#!/bin/sh\ntouch {ran}\n"), program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
-    Path("eps.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n")
-    assert "cannot identify" in train.read_image("eps.png", 16) and not ran.exists()
-    from PIL import Image, ImageOps
-    def exif(*tags):                                    # (tag, type, value): 2 is text, 3 a short
-        tags = b"".join(struct.pack("<HHI4s", tag, kind, 1, value) for tag, kind, value in tags)
-        return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags) // 12) + tags + bytes(4)
-    half, turn = Image.new("RGB", (800, 600)), (0x0112, 3, b"\x06\0\0\0")
+    half, turned = Image.new("RGB", (800, 600)), Image.Exif()
     half.paste((255, 255, 255), (0, 0, 800, 300))       # the upper half
-    half.save("good.jpg", exif=exif(turn)), half.save("mistyped.jpg", exif=exif(turn, (0x011A, 2, b"7\0\0\0")))
-    with pytest.raises(Exception), Image.open("mistyped.jpg") as image:
-        ImageOps.exif_transpose(image)
+    turned[0x0112] = 6
+    half.save("half.jpg", exif=turned)
     sizes, fit = [], ImageOps.fit
     monkeypatch.setattr(ImageOps, "fit", lambda image, *rest: sizes.append(image.size) or fit(image, *rest))
-    good, mistyped = (train.read_image(f"{name}.jpg", 16) for name in ("good", "mistyped"))
-    assert good[0] < 5 and good[15] > 250 and mistyped[0] > 250 and mistyped[15] > 250 and mistyped[-1] < 5
+    good = train.read_image("half.jpg", 16)
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: 1 / 0)        # by a tag of the wrong type
+    untold = train.read_image("half.jpg", 16)
+    assert good[0] < 5 and good[15] > 250 and untold[0] > 250 and untold[15] > 250 and untold[-1] < 5
     assert sizes == [(75, 100), (100, 75)]              # an eighth of 800 x 600, over twice 16
-    for name in ("good", "mistyped"):                   # half of the pixels are there
-        os.truncate(f"{name}.jpg", os.path.getsize(f"{name}.jpg") * 2 // 3)
-        assert "truncated" in train.read_image(f"{name}.jpg", 16)
+    os.truncate("half.jpg", os.path.getsize("half.jpg") * 2 // 3)
+    assert "truncated" in train.read_image("half.jpg", 16)
 
 
-def test_a_decoded_file_that_is_not_whole_is_made_again():
-    pictures("p", 40)
-    images = both_parts("p")[0][0].clone()              # the file must not shrink under a map
-    for damage in (lambda file: os.truncate(file, 500), lambda file: file.write_bytes(bytes(file.stat().st_size))):
-        for file in Path("../cache/projhead").iterdir():
-            damage(file)
-        assert torch.equal(both_parts("p")[0][0], images)
 
 
 @needs_fork
@@ -1819,8 +1733,13 @@ def test_pictures_are_decoded_once_into_a_map_that_nobody_can_write_to(monkeypat
         return train.load_dataset("folder", "p", True, size, limit=100)[0]
     images = load()
     assert torch.equal(load(), images) and len(seen) == len(images) == 100
+    images = images.clone()                             # the file must not shrink under a map
+    for damage in (lambda file: os.truncate(file, 500), lambda file: file.write_bytes(bytes(file.stat().st_size))):
+        for file in train.cache().iterdir():            # which then is not whole
+            damage(file)
+        assert torch.equal(load(), images)
     shutil.copy(seen[1], seen[0])                       # another picture in its place
-    assert not torch.equal(load(), images) and len(seen) == 200 and load(8).shape[-1] == 8
+    assert not torch.equal(load(), images) and len(seen) == 400 and load(8).shape[-1] == 8
     with monkeypatch.context() as patch:                # killed while it decodes: the next one starts anew
         patch.setattr(train, "read_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         assert ended(forked(lambda: load(9))) == -signal.SIGKILL
@@ -1835,17 +1754,6 @@ def test_where_nothing_can_be_written(monkeypatch, capsys):
     assert "what it held before" not in error
     monkeypatch.delenv("XDG_CACHE_HOME"), monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     one_line_error(lambda: run(flags), capsys, "no home folder", "XDG_CACHE_HOME", **kwargs)       # a container
-    with pytest.raises(SystemExit, match="^0$"):
-        fresh().parse_args(["--help"])
-    Path("old").write_text("1")
-    def full(_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "fsync", full)
-    for name, kept in (("old", "; what it held before is as it was"), ("new/new", "")):
-        with pytest.raises(train.UserError) as stop, train.replacing(Path(name), "; a hint") as file:
-            file.write(b"2")
-        assert str(stop.value) == f"cannot write {name}: No space left on device{kept}; a hint".replace("/", os.sep)
-    assert Path("old").read_text() == "1" and [*Path("new").iterdir()] == [] == [*Path(".").glob(".*")]
 
 
 def test_paths_as_they_are_typed_and_shapes_as_they_are_drawn(monkeypatch, capsys):
@@ -2241,7 +2149,11 @@ def test_the_readmes_code_runs_as_it_stands():
 
 def test_docstrings_name_what_else_to_copy():
     """After "Needs" stands each name of projhead.py that a class or function uses itself."""
+    imports = re.findall(r"^\s*(?:import|from) (\w+)", (HERE / "projhead.py").read_text(), re.M)
+    assert set(imports) == {"torch", "torchvision"}
     own = {name: value for name, value in vars(projhead).items() if getattr(value, "__module__", "") == "projhead"}
+    public = [value for name, value in own.items() if not value.__name__.startswith(("_", "<"))]
+    assert all(value.__doc__ for value in public)
     own |= {name: None for name in ("ENCODERS", "NORMS")}
     for name, value in own.items():
         if value and value.__doc__:
@@ -2250,12 +2162,3 @@ def test_docstrings_name_what_else_to_copy():
             assert used <= set(re.findall(r"\w+", re.split(r"Needs\s", value.__doc__)[-1])), (name, used)
 
 
-def test_names_that_others_rely_on():
-    for names, expected in ((HEADS, "none linear mlp parametric sparse slice reweight"),
-                            (PREDICTORS, "identity offdiag linear mlp"), (NORMS, "l21 l1"),
-                            (LOSSES, "infonce barlow cosine bn"), (ENCODERS, "convnet convnet128 resnet18 resnet50")):
-        assert names.keys() >= set(expected.split())
-    public = [value for name, value in vars(projhead).items() if getattr(value, "__module__", "") == "projhead"]
-    assert all(value.__doc__ for value in public if not value.__name__.startswith(("_", "<", "distributed")))
-    imports = re.findall(r"^\s*(?:import|from) (\w+)", (HERE / "projhead.py").read_text(), re.M)
-    assert set(imports) == {"torch", "torchvision"}
