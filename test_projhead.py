@@ -12,19 +12,16 @@ import json
 import math
 import os
 import pickle
-import random
 import re
 import shlex
 import shutil
 import signal
 import socket
-import struct
 import sys
 import textwrap
 import threading
 import time
 import traceback
-import warnings
 import zlib
 from pathlib import Path
 
@@ -304,25 +301,22 @@ def test_encoder(arch, D):
         if "convnet" not in arch:                       # the CIFAR stem for small images, torchvision's own above 64 px
             stem = [(f.conv1.kernel_size[0], f.conv1.stride[0], type(f.maxpool)) for f in (small, large)]
             assert stem == [(3, 1, nn.Identity), (7, 2, nn.MaxPool2d)]
-            theirs = getattr(torchvision.models, arch)().state_dict()
-            shapes = {key: value.shape for key, value in theirs.items() if not key.startswith("fc.")}
-            assert {key: value.shape for key, value in large.state_dict().items()} == shapes
 
 
-def test_heads_and_predictors_map_rows_to_rows():
+def test_heads_map_rows_to_rows():
     for name, head in HEADS.items():
         width = {"none": 16, "reweight": 16, "slice": 2}.get(name, 128)
         assert head(16)(torch.randn(4, 16)).shape == (4, width), name
         assert repr(head(128)) == repr(train.build(parsed(f"--head {name}")).g)      # a class's defaults are train.py's
-    assert all(predictor(16)(torch.randn(4, 16)).shape == (4, 16) for predictor in PREDICTORS.values())
-    linear, control = (train.build(parsed(flags)).g for flags in ("--head linear", "--head parametric --depth 1"))
-    assert same_bits(linear.state_dict(), control.state_dict())         # so one is the other's control
     h = randn(5, 12)
     assert torch.equal(projhead.SliceHead(12, 4)(h), h[:, :4])
     assert [projhead.SliceHead(D).d for D in (2048, 512, 128, 2)] == [360, 90, 22, 1]
     for kappa, head in ((1.05, projhead.ReweightHead(12)), (2.0, projhead.ReweightHead(12, 2.0))):
         assert torch.allclose(head(h), torch.stack([h[:, i] / kappa ** i for i in range(12)], dim=1), rtol=1e-6)
         assert not list(head.parameters()) and not head.state_dict()
+    for bn, hidden, end in (("none", False, 0), ("hidden", True, 0), ("end", False, 1), ("both", True, 1)):
+        g = nn.Sequential(projhead.MLP(128, depth=3, bn=hidden), *[nn.BatchNorm1d(128, affine=False)] * end)
+        assert repr(g if end else g[0]) == repr(train.build(parsed(f"--head mlp --depth 3 --head-bn {bn}")).g)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
@@ -338,10 +332,6 @@ def test_an_mlp_of_any_depth_is_its_layers(bn, depth):
     assert [p.shape for p in projhead.MLP(6).parameters()] == [(12, 6), (12,), (12,), (128, 12), (128,)]
 
 
-def test_what_head_bn_builds():
-    for bn, hidden, end in (("none", False, 0), ("hidden", True, 0), ("end", False, 1), ("both", True, 1)):
-        g = nn.Sequential(projhead.MLP(128, depth=3, bn=hidden), *[nn.BatchNorm1d(128, affine=False)] * end)
-        assert repr(g if end else g[0]) == repr(train.build(parsed(f"--head mlp --depth 3 --head-bn {bn}")).g)
 
 
 def test_offdiag_starts_as_the_identity_keeps_its_diagonal_and_does_not_decay():
@@ -500,7 +490,8 @@ def test_envelope_theorem(steps, momentum, decay):
 
 def test_what_inner_steps_do_to_the_encoders_gradient():
     """After some joint training 2 steps leave dL/dtheta nearly as it is, and 20 fit phi to their batch alone."""
-    joint, other_batch = (parsed("--head mlp --tau 0.1 " + more) for more in ("", "--inner-steps 2 --inner-batch other"))
+    flags = "--head mlp --tau 0.1"
+    joint, other_batch = parsed(flags), parsed(f"{flags} --inner-steps 2 --inner-batch other")
     model, images = train.build(joint), draw_shapes(1024, seed=1)[0]
     theta, phi = train.optimizers(model, joint)
     for step in range(50):
@@ -963,12 +954,8 @@ def test_the_learning_rates_of_the_steps_and_what_the_log_says(monkeypatch):
     assert first.keys() == set("command args torch torchvision python device processes threads images".split())
     explained = set(re.findall(r"\w+", train.end_epoch.__doc__.replace(", _z", ", spread_z")))
     assert {*first, *line, *other, "memory"} <= explained
-    rates = [train.learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
-    assert rates[10] == 2.0 and 0 < rates[0] < rates[5] < rates[9] < 2 and rates[99] < 0.001
-    assert rates[55] == pytest.approx(1.0) and rates[10:] == sorted(rates[10:], reverse=True)
-    assert train.learning_rate(0, 10, 2.0, 0) == 2 and 0 < train.learning_rate(9, 10, 2.0, 1) < 2
-    peak = 0.5 * 8 / 256
-    lr = [train.learning_rate(step, 4, peak, 0.3) for step in range(4)]
+    peak = 0.5 * 8 / 256                                # warmup: 1.2 of the 4 steps
+    lr = [peak / 2.2, peak * 2 / 2.2, *(peak * (1 + math.cos(math.pi * (step - 1.2) / 2.8)) / 2 for step in (2, 3))]
     flags = "--predictor offdiag --lr 0.5 --head-lr 3 --predictor-lr 7 --warmup 0.3 --predictor-schedule"
     steps.clear(), run(f"{flags} cosine", "cosine"), run(f"{flags} constant", "constant")       # which is SimSiam's
     expected = [(rate, 3 * rate, 7 * rate) for rate in lr] + [(rate, 3 * rate, 7 * peak) for rate in lr]
@@ -1068,38 +1055,26 @@ def linear_data(rows=600, dim=20):
     return x[:rows], y[:rows], x[rows:], y[rows:]
 
 
-def optimum(x, y, l2):
-    """(the minimum, in float64, by torch's LBFGS without a change of variables; what it minimizes, a function)"""
-    W = torch.zeros(7, x.shape[1], dtype=double, requires_grad=True)
-    optimizer = torch.optim.LBFGS([W], max_iter=5000, max_eval=20000, tolerance_grad=1e-8, tolerance_change=0,
-                                  history_size=50, line_search_fn="strong_wolfe")
-    def objective(W):
-        return F.cross_entropy(x @ W.T, y) + l2 / 2 * W[:, :-1].square().sum()
-    def closure():
-        loss = objective(W)
-        W.grad, = torch.autograd.grad(loss, W)
-        return loss
-    optimizer.step(closure)
-    return W.detach(), objective
-
-
 @pytest.mark.parametrize("dim", [10, 40])
 def test_the_probe_agrees_with_a_search_written_out(dim, monkeypatch):
-    """And its fits reach the optimum: the loss exceeds the least by at most 1e-4 in the search, 1e-6 at the end."""
-    x, y, test_x, test_y = data = linear_data(dim=dim)
-    x, test_x = (F.pad((part - x.mean(0)) / x.std(0), (0, 1), value=1.0).double() for part in (x, test_x))
-    def percent(x, y, W):
-        return 100 * ((x @ W.T).argmax(1) == y).double().mean().item()
-    order = torch.randperm(600, generator=torch.Generator().manual_seed(0))
-    held, kept = order[:120], order[120:]
-    scores = {l2: percent(x[held], y[held], optimum(x[kept], y[kept], l2)[0]) for l2 in evaluation.L2}
+    """And its fits are where the gradient of what they minimize is 0, which is convex."""
     def checked(x, y, l2, start, covariance, tolerance, fit=evaluation.fit):
-        weights, (W, objective) = fit(x, y, l2, start, covariance, tolerance), optimum(x.double(), y, l2)
-        assert -1e-9 <= objective(weights.double()) - objective(W) < (1e-6 if len(x) == 600 else 1e-4)
+        weights = fit(x, y, l2, start, covariance, tolerance)
+        W = weights.double().requires_grad_()
+        (F.cross_entropy(x.double() @ W.T, y) + l2 / 2 * W[:, :-1].square().sum()).backward()
+        assert W.grad.abs().max() < (3e-3 if tolerance > 1e-6 else 1e-4)        # in the search, at its end
         return weights
     monkeypatch.setattr(evaluation, "fit", checked)
+    x, y, test_x, test_y = data = linear_data(dim=dim)
     accuracy, l2, held_out = evaluation.probe(*data)
-    assert accuracy == pytest.approx(percent(test_x, test_y, optimum(x, y, l2)[0]), abs=0.1)       # one row of 1100
+    x, test_x = (F.pad((part - x.mean(0)) / x.std(0), (0, 1), value=1.0).double() for part in (x, test_x))
+    held, kept = torch.randperm(600, generator=torch.Generator().manual_seed(0)).split([120, 480])
+    def percent(fitted_to, l2, x, y):
+        start, covariance = x.new_zeros(7, dim + 1), evaluation.second_moment(x)
+        W = evaluation.fit(*fitted_to, l2, start, covariance, 1e-9)
+        return 100 * ((x @ W.T).argmax(1) == y).double().mean().item()
+    scores = {l2: percent((x[kept], y[kept]), l2, x[held], y[held]) for l2 in evaluation.L2}
+    assert accuracy == pytest.approx(percent((x, y), l2, test_x, test_y), abs=0.1)      # one row of 1100
     near = 200 / 120 + 0.01                             # two rows of 120
     assert held_out == pytest.approx(scores[l2], abs=near) and scores[l2] >= max(scores.values()) - near
 
@@ -1331,12 +1306,12 @@ def test_rows_are_what_runs_are_and_labels_what_was_typed(evaluated, capsys):
     shared = "all: --tau 0.1 --encoder convnet128 --epochs 3"
     assert flags(mlp, other_order, spelt, a_line(f"--head none {tau}")) == (
         shared, [("--head mlp", "3"), ("--head none", "1")])            # the head stays, shared or not
-    assert flags(mlp, other_order) == (f"all: {shared[5:]}", [("--head mlp", "2")])
+    assert flags(mlp, other_order) == (shared, [("--head mlp", "2")])
     half = a_line(f"--head mlp {tau}", precision="bfloat16")            # another run, typed alike
     assert flags(mlp, half, other_order) == (
         shared, [("--head mlp --precision float32", "2"), ("--head mlp --precision bfloat16", "1")])
     old = a_line(f"--head none {tau}", called="gone")       # which did not say what was typed
-    assert flags(mlp, old) == ("", [("--head mlp --tau 0.1 --encoder convnet128 --epochs 3", "1"), ("--head none", "1")])
+    assert flags(mlp, old) == ("", [(f"--head mlp {shared[5:]}", "1"), ("--head none", "1")])
     written(*(a_line("--dataset folder", seed, data=f"/{seed}/set") for seed in (0, 1)))       # a folder that was moved
     assert column(evaluated("x.jsonl --columns gray"), "n") == ["2"]
     written(mlp, mlp | {"run": "a copy"})
@@ -1416,9 +1391,8 @@ def test_what_was_measured_is_kept_by_the_source_that_measures(evaluated, monkey
     evaluation.measured(old, "labels", evaluation.KS)
     assert measured() == changed != few                 # what was read before is not kept in its name
     kept = json.loads(Path("run/eval.json").read_text())
-    junk = [json.dumps(kept | {"results": results}) for results in (3, "text", None, [1], {"other": []})]
-    for each in ("", "null", "{", '{"results": 3}', "\udcff", *junk):
-        Path("run/eval.json").write_bytes(each.encode(errors="surrogateescape"))
+    for junk in ("{", "null", '{"results": 3}', json.dumps(kept | {"results": 3})):
+        Path("run/eval.json").write_text(junk)
         assert measured() == changed
     Path("run/eval.json").unlink(), Path("run/eval.json").mkdir()
     code, error = evaluates(monkeypatch, capsys, "run")
@@ -1694,10 +1668,9 @@ def test_what_an_image_can_be(monkeypatch):
         assert "convert to 8 bits" in read if name[0] in "FI" else len(read) == 3 * 16 * 16
     Path("empty.png").touch(), Image.new("RGB", (9, 9)).save("gif.png", "GIF")
     assert all(isinstance(train.read_image(name, 16), str) for name in ("empty.png", "gif.png"))
-    with monkeypatch.context() as patch, warnings.catch_warnings(action="ignore"):
-        for limit, good in ((33 * 70 / 2 - 1, False), (33 * 70 / 2, True)):     # Pillow's own, in place of a huge one
-            patch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-            assert (len(train.read_image("P.png", 16)) == 3 * 16 * 16) == good
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit, in place of a huge image
+        assert "DecompressionBomb" in train.read_image("P.png", 16)
     half, turned = Image.new("RGB", (800, 600)), Image.Exif()
     half.paste((255, 255, 255), (0, 0, 800, 300))       # the upper half
     turned[0x0112] = 6
@@ -1899,8 +1872,8 @@ def test_files_that_are_no_checkpoints(monkeypatch, capsys, recwarn):
         return checkpoint | {name: checkpoint[name] | {key: value}}
     contents = [
         b"", pickle.dumps({"args": 1}), pickle.dumps(checkpoint["args"], 2), b"noise" * 1000,
-        whole[:99_999], whole[:-1], Bomb(), [1, Bomb()], part("args", "lr", Bomb()),
-        part("encoder", "0.weight", Bomb()), [1, 2], {"model": checkpoint["encoder"]}, checkpoint | {"args": {}},
+        whole[:99_999], whole[:-1], Bomb(), part("args", "lr", Bomb()),
+        [1, 2], {"model": checkpoint["encoder"]}, checkpoint | {"args": {}},
         *({k: v for k, v in checkpoint.items() if k != key} for key in ("images", "step", "head")),
         part("head", "0.weight", torch.ones(3, 3)), part("encoder", "99.bias", torch.ones(3))]
     for number, content in enumerate(contents):
@@ -2068,22 +2041,16 @@ def docs():
     return "\n".join(file.read_text(encoding="utf-8") for file in DOCS)
 
 
-class Parsed(Exception):
-    pass
 
 
 def test_the_documents_commands_parse(monkeypatch, capsys):
     """Those of its blocks, and each span that begins with python or a flag, by the script that has its flags."""
-    def load_run(*_):
-        raise Parsed                                    # eval.py has read its flags
     def evaluates(words):
         monkeypatch.setattr(sys, "argv", ["eval.py", *words])
-        with pytest.raises((Parsed, SystemExit)):
-            evaluation.main()
-    monkeypatch.setattr(evaluation, "load_run", load_run)
-    evaluates(["--help"])
-    with pytest.raises(SystemExit):
-        train.parse_args(["--help"])
+        evaluation.parse_args()
+    for parses in (evaluates, train.parse_args):
+        with pytest.raises(SystemExit):
+            parses(["--help"])
     flags = re.findall(r"--[a-z-]+", capsys.readouterr().out)
     blocks = re.findall(r"```sh\n(.*?)```", docs(), re.S)
     lines = re.split(r"\n|&&", re.sub(r"#.*", "", "\n".join(blocks)))
