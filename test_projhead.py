@@ -340,7 +340,7 @@ def test_offdiag_starts_as_the_identity_keeps_its_diagonal_and_does_not_decay():
     nn.init.normal_(q.A)
     H = q.A.detach().clone().fill_diagonal_(1)
     assert torch.allclose(q(z), torch.stack([H @ row for row in z]), atol=1e-6) and torch.equal(q.E, H - torch.eye(6))
-    args, model, *both = networks("--head mlp --predictor offdiag --weight-decay 0.5 --lr 0.1")
+    _, model, *both = networks("--head mlp --predictor offdiag --weight-decay 0.5 --lr 0.1")
     nn.init.normal_(model.q.A)
     before = copy.deepcopy(model)
     for optimizer in both:
@@ -459,9 +459,9 @@ def bilevel():
 def test_inner_steps_start_again_without_momentum():
     _, g, encode, loss = bilevel()
     h, start, optimizer = encode().detach(), [g.weight.detach().clone()], torch.optim.SGD(g.parameters(), 0.1, 0.9)
-    losses = [projhead.fit_head(lambda: loss(h), optimizer, 3) for _ in range(3)]
-    assert not losses[0].requires_grad and losses[0] > losses[1] > losses[2]
-    assert projhead.fit_head(lambda: loss(h), optimizer, 3, start) == losses[0]
+    losses = [projhead.fit_head(lambda: loss(h), optimizer, 3) for _ in range(2)]       # the second goes on
+    assert not losses[0].requires_grad
+    assert [projhead.fit_head(lambda: loss(h), optimizer, steps, start) for steps in (3, 6)] == losses
 
 
 @pytest.mark.parametrize("steps, momentum, decay", [(1, 0, 0), (3, 0, 0), (3, 0, 0.2), (500, 0.9, 0)])
@@ -496,26 +496,23 @@ def test_what_inner_steps_do_to_the_encoders_gradient():
     theta, phi = train.optimizers(model, joint)
     for step in range(50):
         train.train_step(train.two_views(images, joint, step, 32, 32, "cpu")[0], model, theta, phi, joint)
-    start, rows = [p.detach().clone() for p in parameters(phi)], {}
+    start, rows = [p.detach().clone() for p in parameters(phi)], []
     for step in range(50, 54):
-        same, other = (model.f(x) for x in train.two_views(images, other_batch, step, 32, 32, "cpu"))
-        for K, inner in ((0, same), (2, same), (20, same), (2, other), (20, other)):
+        h, other = (model.f(x) for x in train.two_views(images, other_batch, step, 32, 32, "cpu"))
+        for K in (0, 2, 20):
             projhead._restart(phi, 1, start)
             if K:
-                projhead.fit_head(lambda: train.objective(inner.detach(), None, model, joint), phi, K)
-            loss, of_other = (train.objective(h, None, model, joint) for h in (same, other))
+                projhead.fit_head(lambda: train.objective(h.detach(), None, model, joint), phi, K)
+            loss, of_other = (train.objective(each, None, model, joint) for each in (h, other))
             gradients = torch.autograd.grad(loss, parameters(theta), retain_graph=True)
             gradient = torch.cat([d.flatten() for d in gradients])
             first = gradient if K == 0 else first
-            cosine = F.cosine_similarity(gradient, first, dim=0)
-            rows.setdefault((K, inner is same), []).append([cosine.item(), loss.item(), of_other.item()])
-    mean = {kind: torch.tensor(values).mean(dim=0) for kind, values in rows.items()}
-    for same in (True, False):
-        fitted, fresh = (mean[20, same] - mean[0, True])[1:].tolist()[::1 if same else -1]
-        print(f"\n{'same' if same else 'other'} batch: cosine {mean[2, same][0]:.2f} after 2 steps and "
-              f"{mean[20, same][0]:.2f} after 20, which change its loss by {fitted:+.2f}, another's by {fresh:+.2f}")
-        assert mean[20, same][0] < mean[2, same][0] - 0.3 and mean[2, same][0] > 0.95
-        assert fitted < -0.2 and fresh > -0.1
+            rows.append([F.cosine_similarity(gradient, first, dim=0).item(), loss.item(), of_other.item()])
+    before, two, twenty = torch.tensor(rows).view(4, 3, 3).mean(dim=0)
+    fitted, fresh = twenty[1:] - before[1:]
+    print(f"\ncosine {two[0]:.2f} after 2 steps and {twenty[0]:.2f} after 20, which change the batch's loss by "
+          f"{fitted:+.2f}, another's by {fresh:+.2f}")
+    assert two[0] > 0.95 and twenty[0] < two[0] - 0.3 and fitted < -0.2 and fresh > -0.1
 
 
 # ---------------------------------------------------------------------------- sparsity
@@ -628,7 +625,6 @@ def test_two_views_are_of_the_same_images_and_a_function_of_seed_and_step(monkey
         pairs = (train.two_views(images, args, step, 4, 5, torch.device("cpu")) for step in range(start, stop))
         return [x if other is None else torch.cat([x, other]) for x, other in pairs]
     whole = views(0, 9)                                 # two epochs of 4 steps, and one of the third
-    assert all(torch.equal(a, b) for a, b in zip(views(6, 9), whole[6:]))       # as a run that starts there
     assert all(torch.equal(x, both[:10]) for x, both in zip(views(0, 9, "--inner-batch same"), whole))
     same = images[:1].expand(23, -1, -1, -1)
     x = torch.cat(views(0, 9, images=same) + views(0, 9, "--inner-batch other --seed 5", same))
@@ -916,7 +912,6 @@ def test_a_run_that_is_finished_or_another_stays_and_keeps_its_precision(monkeyp
     monkeypatch.setattr(train, "draw_shapes", lambda M, seed: [x.flip(0) for x in SETS[M]])
     code, error = ends(lambda: run("--head mlp"), capsys, ("warning: 2 steps",))        # of other instructions, say
     assert code == 0 and error.startswith("warning: the shapes were drawn in other bits there") and files() == before
-    one_line_error(lambda: run("--head mlp --limit 15"), capsys, "limit 16 there, 15 here", "images [16, ")
     flags, found = f"{SMALL}p --image-size 16 --batch-size 8 --limit 8", ("folder ", "decoding ", "warning: ")
     pictures("p", 20), run(flags, "folder"), pictures("p", 20, classes="cd")
     one_line_error(lambda: run(flags, "folder"), capsys, "holds another run", "images [8, ", besides=found)
@@ -1027,22 +1022,8 @@ def test_evaluation_moves_nothing(quick):
         evaluation.features(frozen, images)
 
 
-def plain_run(encoder, head=None, size=16):
-    """A run with an encoder like no trained one's."""
-    args = parsed(f"--dataset folder --image-size {size}")
-    return evaluation.Run(Path("run"), 0, args, [0, 0], 1, 1, encoder.eval(), head or nn.Identity(), nn.Identity())
 
 
-@pytest.mark.parametrize("pixels, size, batches", [
-    (3 * 16**2 + 5, 16, [3, 3, 1]), (3 * 16**2, 9, [3, 3, 1]), (3 * 16**2, 22, [1] * 7), (1, 16, [1] * 7)])
-def test_features_pass_in_batches_of_so_many_pixels(pixels, size, batches, monkeypatch):
-    """Of the images or of the network's, whichever are larger; and of an image at least."""
-    f, seen = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12)), []
-    images = (60 * randn(7, 3, size, size) + 99).clamp(0, 255).to(torch.uint8)
-    whole = evaluation.features(plain_run(f), images)["h"]
-    monkeypatch.setattr(evaluation, "PIXELS", pixels)
-    f.register_forward_pre_hook(lambda module, x: seen.append(len(x[0])))
-    assert torch.allclose(evaluation.features(plain_run(f), images)["h"], whole, atol=1e-5) and seen == batches
 
 
 def linear_data(rows=600, dim=20):
@@ -1094,6 +1075,8 @@ def test_the_probe_never_sees_test_labels_and_bears_odd_data(monkeypatch):
     some, others = (y != 2) & (y != 6), (test_y == 2) | (test_y == 6)
     assert evaluation.probe(x[some], y[some], test_x[others], test_y[others])[0] == 0
     assert evaluation.probe(*linear_data(rows=5))[0] > 14       # more columns than rows
+    y, test_y = x[:, :7].argmax(1), test_x[:, :7].argmax(1)     # no noise: a weak l2 does best
+    assert evaluation.probe(x, y, test_x, test_y)[1] < evaluation.L2[1]
     with pytest.raises(ValueError, match="at least 5"):
         evaluation.probe(x[:4], y[:4], test_x, test_y)
     x = randn(6000, 1, dtype=torch.float32) @ randn(1, 300, seed=1, dtype=torch.float32)        # collinear columns
@@ -1180,8 +1163,9 @@ def test_transform_probes_read_what_can_be_read_and_nothing_else(data, monkeypat
     parts = [(part, None, None) for part in images.split(800)]
     monkeypatch.setattr(evaluation, "PROBED", 600), monkeypatch.setattr(evaluation, "PIXELS", 250 * 16**2)
     monkeypatch.setattr(evaluation, "untrained", lambda run: run._replace(head=nn.Identity()))
-    f = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12))
-    some = plain_run(f, nn.Sequential(nn.Identity(), nn.Tanh(), nn.Tanh()))
+    f = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12)).eval()
+    g, args = nn.Sequential(nn.Identity(), nn.Tanh(), nn.Tanh()), parsed("--dataset folder --image-size 16")
+    some = evaluation.Run(Path("run"), 0, args, [0, 0], 1, 1, f, g, nn.Identity())
     rows = {row["tap"]: row for row in evaluation.transform_table(some, parts)}
     assert list(rows) == ["h", "g[1] Tanh", "z", "h untrained", "chance"]
     for name, chance in {"rotation": 25, "gray": 50, "quadrant": 25}.items():
@@ -1495,16 +1479,14 @@ def test_a_picture_is_a_grid_of_framed_tiles(S, times):
 # ---------------------------------------------------------------------------- eval.py and what it cannot do
 
 EVAL_BAD = """
-nowhere | empty | broken | run broken | run run | run tiny run/checkpoint.pt | run --device cuda:99 | run --k 0
+nowhere | empty | broken | run run | run tiny run/checkpoint.pt | run --device cuda:99 | run --k 0 | run nowhere.jsonl
 run --wrong | run --probe colour | run --probe transform --k 20 | run --columns nothing | run --columns pruned epoch
 run --probe transform --columns rank | run --json --columns rank | run --json --k 3 | run --json --dataset shapes
-run tiny --json --against x | run --rows '--seed 5' | run --against x | run tiny --against '--head mlp'
-run --data x | run --dataset shapes --data x | run --data ''
-run --neighbors empty | run --neighbors run/checkpoint.pt | run --neighbors run/checkpoint.pt/a.png | run nowhere.jsonl
-run --neighbors a.nonsense | run --neighbors a.png --json | run --neighbors a.png --k 3 | run tiny --views a.png
-run --neighbors a.png --probe transform | run --views a.png --neighbors b.png | run --views a.png --dataset cifar10
-run --neighbors a.png --columns rank | run --neighbors a.png --rows '--head mlp' | run.jsonl --neighbors a.png
-run --plot a.png | run --plot a.svg --json | run --plot a.svg --columns rank | run --plot a.svg --against '--head mlp'
+run tiny --json --against x | run --rows '--seed 5' | run --against x | run --data x | run --data ''
+run --neighbors run/checkpoint.pt/a.png | run --neighbors run/checkpoint.pt | run.jsonl --neighbors a.png
+run --neighbors a.png --k 3 | run tiny --views a.png | run --views a.png --dataset cifar10
+run --neighbors a.png --probe transform | run --neighbors a.png --columns rank | run --views a.png --rows '--seed 0'
+run --plot a.png | run --plot a.svg --columns rank | run --plot a.svg --against '--head mlp'
 """
 EVAL_BAD_LATE = ("tiny --probe transform", "run --dataset folder --data nowhere", "run --plot nowhere/run/a.svg",
                  "run --dataset cifar10 --data nowhere", "run --columns pruned", "run tiny --columns moved --taps")
@@ -1707,7 +1689,7 @@ def test_pictures_are_decoded_once_into_a_map_that_nobody_can_write_to(monkeypat
     images = load()
     assert torch.equal(load(), images) and len(seen) == len(images) == 100
     images = images.clone()                             # the file must not shrink under a map
-    for damage in (lambda file: os.truncate(file, 500), lambda file: file.write_bytes(bytes(file.stat().st_size))):
+    for damage in (lambda file: os.truncate(file, 0), lambda file: file.write_bytes(bytes(file.stat().st_size))):
         for file in train.cache().iterdir():            # which then is not whole
             damage(file)
         assert torch.equal(load(), images)
@@ -1777,20 +1759,18 @@ def test_a_bad_image_is_left_out_and_data_may_move(capsys):
 
 
 BAD = """
---head wrong         | --heads mlp         | extra words             | --depth 0             | --tau nan
---tau inf            | --epochs 1.5        | --epochs 10000000000    | --batch-size 1e400    | --limit 1
+--head wrong         | --heads mlp         | --epochs 1.5            | --tau nan             | --limit 1
 --dataset mnist      | --limit 99999999    | --device cuda:99        | --device meta         | --data x
 --loss cosine        | --loss bn           | --loss barlow --tau 0.5 | --target ema          | --image-size 64
 --head none --dim 64 | --head slice --dim 999     | --head linear --hidden 64      | --head mlp --depth 1 --hidden 64
---head linear --depth 3        | --head mlp --sparsity-norm l1   | --head none --sparsity 1  | --head sparse --head-lr 0
---head none --inner-steps 1    | --head parametric --head-lr 0   | --head none --head-lr 1  | --head none --head-bn both
+--head linear --depth 3        | --head mlp --sparsity-norm l1   | --head sparse --head-lr 0  | --tau inf
+--head none --inner-steps 1    | --head reweight --head-bn end   | --head none --head-lr 1  | --head none --head-bn both
 --head mlp --inner-batch other | --head mlp --inner-start reset  | --head mlp --inner-gradient unrolled
 --predictor mlp --ema 0.9      | --predictor mlp --tau 0.5       | --inner-gradient unrolled --inner-batch other
---head linear --head-bn both   | --head reweight --head-bn end
 --predictor identity --predictor-lr 2          | --predictor identity --predictor-schedule constant
 --dataset folder --data nowhere                | --dataset folder --data occupied
 --dataset cifar10 --data nowhere/at/all        | --dataset cifar10 --data corrupt
---out occupied/thesis.tex  | --out occupied/thesis.tex/below  | --out /proc/nothing/here
+--out occupied/thesis.tex                      | --epochs 10000000000
 """
 
 
@@ -2127,5 +2107,3 @@ def test_docstrings_name_what_else_to_copy():
             code = re.sub(r'""".*?"""|#.*?\n', "", evaluation.inspect.getsource(value), flags=re.S)
             used = {other for other in own if re.search(rf"(?<![.\w]){other}\b", code)} - {name}
             assert used <= set(re.findall(r"\w+", re.split(r"Needs\s", value.__doc__)[-1])), (name, used)
-
-
