@@ -332,8 +332,6 @@ def test_an_mlp_of_any_depth_is_its_layers(bn, depth):
     assert [p.shape for p in projhead.MLP(6).parameters()] == [(12, 6), (12,), (12,), (128, 12), (128,)]
 
 
-
-
 def test_offdiag_starts_as_the_identity_keeps_its_diagonal_and_does_not_decay():
     q, z = projhead.OffDiagonal(6), torch.randn(5, 6)
     assert torch.equal(q(z), z)                         # to the last bit
@@ -575,8 +573,6 @@ def test_rank_spread_and_features_holding():
     assert projhead.features_holding(torch.zeros(5)) == 0 and projhead.features_holding(torch.ones(200)) == 198
 
 
-
-
 # ---------------------------------------------------------------------------- augmentation
 
 def replay(images, seed, crop_scale, hue, grayscale):
@@ -614,8 +610,6 @@ def test_augment_is_torchvision_image_by_image(seed, size, crop, N):
     theirs = replay(images, seed, crop, 0.2, 0.2)
     assert torch.allclose(ours, theirs, atol=2e-3)      # hue is steep near gray
     assert (ours - theirs).abs().mean() < 1e-6
-
-
 
 
 def test_two_views_are_of_the_same_images_and_a_function_of_seed_and_step(monkeypatch):
@@ -1022,10 +1016,6 @@ def test_evaluation_moves_nothing(quick):
         evaluation.features(frozen, images)
 
 
-
-
-
-
 def linear_data(rows=600, dim=20):
     """(train_x, train_y, test_x, test_y): labels drawn from a planted linear model of 7 classes; 1100 test rows."""
     g = torch.Generator().manual_seed(0)
@@ -1406,15 +1396,12 @@ def test_transfer_to_a_folder_of_pictures(monkeypatch, capsys):
     assert roots[::2] == [os.path.abspath("pictures"), "data", "here", os.path.abspath("there"), "data"]
 
 
-
-
 # ---------------------------------------------------------------------------- pictures
 
 def test_plots_have_their_dots_at_the_means(evaluated, monkeypatch, capsys):
     import xml.etree.ElementTree as ET
     drawn, draw = [], evaluation.draw
-    monkeypatch.setattr(evaluation, "draw", lambda path, series, *rest, **more: [
-        drawn.append(series), draw(path, series, *rest, **more)])
+    monkeypatch.setattr(evaluation, "draw", lambda *args, **more: drawn.append(args[1]) or draw(*args, **more))
     def parts(name, attribute=None):                    # of the file
         found = [part for part in ET.parse("a.svg").getroot() if part.tag.endswith(f"}}{name}")]
         return [part.attrib[attribute] if attribute else part.text for part in found]
@@ -1666,8 +1653,6 @@ def test_what_an_image_can_be(monkeypatch):
     assert sizes == [(75, 100), (100, 75)]              # an eighth of 800 x 600, over twice 16
     os.truncate("half.jpg", os.path.getsize("half.jpg") * 2 // 3)
     assert "truncated" in train.read_image("half.jpg", 16)
-
-
 
 
 @needs_fork
@@ -2019,8 +2004,6 @@ DOCS = [HERE / "README.md", HERE / ".github" / "RESULTS.md"]
 
 def docs():
     return "\n".join(file.read_text(encoding="utf-8") for file in DOCS)
-
-
 
 
 def test_the_documents_commands_parse(monkeypatch, capsys):
