@@ -228,16 +228,8 @@ def naive_nt_xent(z1, z2, tau=0.5):
     return total / (2 * N)
 
 
-def naive_cosine(p, z):
-    return -sum((a @ b / a.norm() / b.norm()).item() for a, b in zip(p, z)) / len(p)
-
-
 def standardized(z, eps):
     return (z - z.mean(0)) / (z.var(0, unbiased=False) + eps).sqrt()
-
-
-def naive_bn(p, z):
-    return (standardized(p, 1e-12) - standardized(z, 1e-12)).square().mean().item()
 
 
 def naive_barlow(z1, z2, lambd=0.005):
@@ -245,7 +237,9 @@ def naive_barlow(z1, z2, lambd=0.005):
     return sum((1 - C[i, i]) ** 2 if i == j else lambd * C[i, j] ** 2 for i in d for j in d).item()
 
 
-NAIVE = {"infonce": naive_nt_xent, "barlow": naive_barlow, "cosine": naive_cosine, "bn": naive_bn}
+NAIVE = {"infonce": naive_nt_xent, "barlow": naive_barlow,
+         "cosine": lambda p, z: -sum((a @ b / a.norm() / b.norm()).item() for a, b in zip(p, z)) / len(p),
+         "bn": lambda p, z: (standardized(p, 1e-12) - standardized(z, 1e-12)).square().mean().item()}
 
 
 @pytest.mark.parametrize("N", [2, 3, 8])             # the batch size is that of the tensors
@@ -1755,7 +1749,7 @@ BAD = """
 --predictor identity --predictor-lr 2          | --predictor identity --predictor-schedule constant
 --dataset folder --data nowhere                | --dataset folder --data occupied
 --dataset cifar10 --data nowhere/at/all        | --dataset cifar10 --data corrupt
---out occupied/thesis.tex                      | --epochs 10000000000
+--out occupied/thesis.tex  | --epochs 10000000000  | --head none --sparsity 1  | --head parametric --head-lr 0
 """
 
 
