@@ -1256,6 +1256,8 @@ def test_many_runs_are_one_table_and_differences_are_paired_by_seed(evaluated, c
     assert difference["linear hue h"] == ["-62.5±28.8", "70.0 (sd 21.2)", "-0.3±2.9", "-4.5±69.9", "+1.0", ""]
     assert difference["linear hue z"] == ["", z[0], "-0.7±5.7", "", "+2.0", ""]
     assert taps["tap"][:5] == list("hhzhz") and taps["linear hue"][3:5] == ["-0.3±2.9", "-0.7±5.7"]
+    alone = "x.jsonl --rows '--head mlp --seed 7'"
+    assert "Student" in evaluated(f"{alone} --against '--head mlp'") and "Student" not in evaluated(alone)
     one_line_error(lambda: table("--against '--head mpl'"), capsys, "no row '--head mpl'", "'--head none'")
     for df, t in enumerate(evaluation.T95, 1):
         x = torch.linspace(-t, t, 20_001, dtype=double)
@@ -1304,7 +1306,8 @@ def test_lines_that_do_not_hold_what_is_asked_and_some_rows(evaluated, capsys):
         one_line_error(lambda: evaluated(words), capsys, error, besides=("--head",))        # is not finished
     whole = json.dumps(one).encode()
     for content, error in ((b"", "no line in"), (b"3\n", "line 1"), (b'{"run": 1}', "line 1"),
-                           ("{}".encode("utf-16"), "line 1"), (whole + b"\n" + whole[:99], "line 2")):
+                           (whole.replace(b'"seed"', b'"need"'), "line 1"), ("{}".encode("utf-16"), "line 1"),
+                           (whole + b"\n" + whole[:99], "line 2")):
         Path("x.jsonl").write_bytes(content)
         one_line_error(lambda: evaluated("x.jsonl"), capsys, "x.jsonl", error)
     written(*(a_line(flags) | {"run": i} for i, flags in enumerate((
@@ -1402,9 +1405,9 @@ def test_plots_have_their_dots_at_the_means(evaluated, monkeypatch, capsys):
     log = [[{"command": ""}, *({"epoch": e, "rank_z": e * by, "pruned": None} for e in (1, 2, 3))] for by in (2, 4)]
     written(a_line("--head mlp", 0, 10, 20, 4, log[0]), a_line("--head mlp", 1, 20, 40, 6, log[1]),
             a_line("--head none", 0, 30, None, 4, called="--encoder convnet128 --head <none>&"),
-            a_line("--head linear", 5, math.nan, 50))
+            a_line("--head linear", 5, math.nan, 50), a_line("--head linear", 6, 20, 70))       # no dot for h
     assert "a.svg: gray by linear hue" in evaluated("x.jsonl --plot a.svg --columns 'linear hue' gray")    # both probes
-    assert drawn == [{"untrained convnet128 (n=3)": [(5, 6, True)], "--head linear (n=1)": [(50, 51, False)],
+    assert drawn == [{"untrained convnet128 (n=2)": [(5, 6, True)], "--head linear (n=2)": [(60, 61, False)],
                       "--head mlp (n=2)": [(15, 16, True), (30, 31, False)], "--head <none>& (n=1)": [(30, 31, True)]}]
     assert {*drawn[0], "linear hue", "gray"} < set(parts("text")) and parts("text")[-1] == "filled: h, hollow: z"
     evaluated("x.jsonl --plot a.svg --columns epoch rank_z")
@@ -1467,7 +1470,7 @@ run tiny --json --against x | run --rows '--seed 5' | run --against x | run --da
 run --neighbors run/checkpoint.pt/a.png | run --neighbors run/checkpoint.pt | run.jsonl --neighbors a.png
 run --neighbors a.png --k 3 | run tiny --views a.png | run --views a.png --dataset cifar10
 run --neighbors a.png --probe transform | run --neighbors a.png --columns rank | run --views a.png --rows '--seed 0'
-run --plot a.png | run --plot a.svg --columns rank | run --plot a.svg --against '--head mlp'
+run --plot a.png | run --plot a.svg --columns rank | run --plot a.svg --taps
 """
 EVAL_BAD_LATE = ("tiny --probe transform", "run --dataset folder --data nowhere", "run --plot nowhere/run/a.svg",
                  "run --dataset cifar10 --data nowhere", "run --columns pruned", "run tiny --columns moved --taps")
@@ -1669,7 +1672,7 @@ def test_pictures_are_decoded_once_into_a_map_that_nobody_can_write_to(monkeypat
     assert torch.equal(load(), images) and len(seen) == len(images) == 100
     images = images.clone()                             # the file must not shrink under a map
     for damage in (lambda file: os.truncate(file, 0), lambda file: file.write_bytes(bytes(file.stat().st_size))):
-        for file in train.cache().iterdir():            # which then is not whole
+        for file in Path("../cache/projhead").iterdir():           # which then is not whole
             damage(file)
         assert torch.equal(load(), images)
     shutil.copy(seen[1], seen[0])                       # another picture in its place
