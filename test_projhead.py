@@ -812,11 +812,17 @@ def test_two_processes_sum_the_gradients_of_gathered_losses_and_continue_in_bflo
     (0, "load_dataset", "out of luck"), (1, "train_step", "out of luck"),
     (0, "", "--batch-size 15 does not divide evenly over 2 processes")])
 def test_an_error_of_any_rank_is_one_line(rank, where, line, monkeypatch):
-    real = getattr(train, where, None)
+    real, join = getattr(train, where, None), train.join
     def fails(*args):
         if projhead.rank() == rank:
             raise train.UserError(line)
         return real(*args)
+    def joins(args):                                    # none ends before both have joined
+        device, _ = join(args), Path(f"joined{projhead.rank()}").touch()
+        while len(list(Path().glob("joined*"))) < 2:
+            time.sleep(0.01)
+        return device
+    monkeypatch.setattr(train, "join", joins)
     monkeypatch.setattr(train, where, fails, raising=False)
     codes, errors = two_processes(lambda: run(f"--head mlp --batch-size {8 if where else 15}"), monkeypatch)
     both = rank == 0 and not where                      # each says what each finds
@@ -839,6 +845,14 @@ def test_what_torchrun_sets_makes_several_processes_and_what_train_sets(monkeypa
                 patch.setenv(name, value) if name != missing else patch.delenv(name, raising=False)
             assert train.join(parsed("--device cpu")) == torch.device("cpu") and bool(asked) == (missing == "")
     assert asked == ["gloo"] and capsys.readouterr().err == "process 1 waits for 4 processes at here:7\n"
+    def gone(*_, **__):
+        raise RuntimeError("closed by peer")
+    with monkeypatch.context() as patch:
+        for name, value in torchrun.items():
+            patch.setenv(name, value)
+        patch.setattr(train.dist, "init_process_group", gone)
+        one_line_error(lambda: train.join(parsed("--device cpu")), capsys, "process 1 cannot join the others: closed",
+                       besides=("process ",))
     monkeypatch.delenv("OMP_WAIT_POLICY", False), monkeypatch.delenv("GOMP_SPINCOUNT", False)
     assert fresh() and os.environ["GOMP_SPINCOUNT"] == "1000"
     source = (HERE / "train.py").read_text()            # torch reads it when it is imported

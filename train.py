@@ -994,7 +994,10 @@ def join(args) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         print(f"process {os.environ['RANK']} waits for {os.environ['WORLD_SIZE']} processes at "
               f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}", file=sys.stderr, flush=True)
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))       # one may decode, the others wait
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))   # one may decode, the others wait
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f"process {os.environ['RANK']} cannot join the others: {e}".splitlines()[0]) from None
     return device
 
 
