@@ -440,10 +440,11 @@ def measured(run: Run, probe: str, ks: list[int], dataset=None, data=None, insid
 
 
 def describe(run: Run) -> dict:
-    """A run's line, before anything is measured: its arguments and what it logged."""
+    """A run's line, before anything is measured: its arguments and what it logged up to its checkpoint."""
     log = []
-    with contextlib.suppress(OSError, ValueError):          # no log, or not ours
+    with contextlib.suppress(OSError, ValueError, AttributeError):          # no log, or not ours
         log = [json.loads(text) for text in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        log = [line for line in log if line.get("step", 0) <= run.step]     # a killed run has logged more
     return {"run": run.path.resolve().name, "step": run.step, "steps": run.steps, "images": run.images,
             "args": vars(run.args), "log": log}
 
@@ -467,10 +468,11 @@ def read_lines(files: list[str]) -> list[dict]:
 # ---------------------------------------------------------------------------- methods: runs but for the seed
 
 def identity(line: dict) -> dict:
-    """What a run is: its arguments, without those of no meaning, the seed, and where it lies and computes."""
+    """What a run is: its arguments, without those of no meaning, the seed, and where it lies and computes; of a folder
+    also its name and its images."""
     args = line["args"]
     what = {flag: value for flag, value in args.items() if value is not None and flag not in ("seed", *train.PLACES)}
-    return what | ({"data": Path(args["data"]).name} if args["dataset"] == "folder" else {})
+    return what | ({"data": Path(args["data"]).name, "images": line["images"]} if args["dataset"] == "folder" else {})
 
 
 def flags(line: dict) -> list[str]:
@@ -514,11 +516,14 @@ def values(line: dict, inside: bool) -> dict:
 def rows_of(named: dict, inside: bool) -> dict:
     """{label: {seed: values}}: the untrained encoders first, then the methods."""
     rows = {label: {seed: values(line, inside) for seed, line in seeds.items()} for label, seeds in named.items()}
-    start, counts = {}, {line["images"][0] for seeds in named.values() for line in seeds.values()}
+    lines = [line for seeds in named.values() for line in seeds.values()]
+    start, counts = {}, {line["images"][0] for line in lines}
+    sizes = {line["args"].get("image_size") for line in lines}
     for label, seeds in named.items():
         for seed, line in seeds.items():
             name = f"untrained {line['args']['encoder']}"
             name += f", {line['images'][0]} images" if len(counts) > 1 else ""      # no mean over what saw fewer images
+            name += f", {line['args'].get('image_size')} px" if len(sizes) > 1 else ""
             first = {(key, "h"): value for (key, tap), value in rows[label][seed].items() if tap == "h untrained"}
             if first:
                 start.setdefault(name, {})[seed] = first
@@ -656,7 +661,7 @@ def draw(path: str, series: dict[str, list], x_name: str, y_name: str, radius: i
 
 
 def plot(path: str, named: dict, x_name: str, y_name: str) -> None:
-    """Draw h and z of each method in two columns, or a key of metrics.jsonl by epoch: means, where all seeds have it."""
+    """Draw h and z of each method in two columns, or a key of metrics.jsonl by epoch: means where all seeds have it."""
     rows, places = rows_of(named, inside=False), ("h", "z")
     if x_name == "epoch":                                   # the log, with an epoch in place of a tap
         def logged(line):

@@ -1298,6 +1298,11 @@ def test_rows_are_what_runs_are_and_labels_what_was_typed(evaluated, capsys):
     assert flags(mlp, old) == ("", [(f"--head mlp {shared[5:]}", "1"), ("--head none", "1")])
     written(*(a_line("--dataset folder", seed, data=f"/{seed}/set") for seed in (0, 1)))       # a folder that was moved
     assert column(evaluated("x.jsonl --columns gray"), "n") == ["2"]
+    one, other = (a_line("--dataset folder", seed, start=2, data="/a/set") for seed in (0, 1))
+    written(one, other | {"images": [9, 8]})            # other images in a folder of that name
+    assert column(evaluated("x.jsonl --columns gray"), "n")[1:] == ["1", "1"]
+    written(one, a_line("--dataset folder --image-size 16", start=3, data="/a/set"))
+    assert column(evaluated("x.jsonl"))[:2] == [f"untrained convnet128, {size} px" for size in (64, 16)]
     written(mlp, mlp | {"run": "a copy"})
     one_line_error(lambda: evaluated("x.jsonl"), capsys, "a copy", mlp["run"], "leave one out")
 
@@ -1520,6 +1525,7 @@ def test_checkpoints_of_other_commits(change, words, capsys):
         one_line_error(lambda: evaluation.load_run("run"), capsys, words, "run/checkpoint.pt")
     else:
         frozen = evaluation.load_run("run/checkpoint.pt")
+        assert evaluation.describe(frozen)["log"] == log_of() != evaluation.describe(frozen._replace(step=3))["log"]
         assert same_bits(frozen.encoder.state_dict(), checkpoint["encoder"]) and frozen.step == frozen.steps == 4
 
 
