@@ -930,8 +930,8 @@ def end_epoch(run, step: int, lr: float, h: Tensor, model: Model) -> None:
     """Add a line to metrics.jsonl and print it. The keys, of which each run has those that it has a use for:
 
     epoch, step       counted from 1
-    loss, inner_loss  means over the epoch's steps since the run was started here: of the objective, and of where the last
-                      inner step started from
+    loss, inner_loss  means over the epoch's steps since the run was started here: of the objective, and of where the
+                      last inner step started from
     lr                the encoder's learning rate in the last step
     rank_h, rank_z    effective rank (RankMe) of the last batch's h and z, both views, 1 to their width
     spread_h, spread_z  their spread on the sphere: 0 where all are one, the collapse; at most 1
