@@ -443,8 +443,8 @@ def describe(run: Run) -> dict:
     """A run's line, before anything is measured: its arguments and what it logged up to its checkpoint."""
     log = []
     with contextlib.suppress(OSError, ValueError, AttributeError):          # no log, or not ours
-        log = [json.loads(text) for text in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        log = [line for line in log if line.get("step", 0) <= run.step]     # a killed run has logged more
+        lines = [json.loads(text) for text in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        log = [line for line in lines if line.get("step", 0) <= run.step]   # a killed run has logged more
     return {"run": run.path.resolve().name, "step": run.step, "steps": run.steps, "images": run.images,
             "args": vars(run.args), "log": log}
 

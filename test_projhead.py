@@ -1526,6 +1526,9 @@ def test_checkpoints_of_other_commits(change, words, capsys):
     else:
         frozen = evaluation.load_run("run/checkpoint.pt")
         assert evaluation.describe(frozen)["log"] == log_of() != evaluation.describe(frozen._replace(step=3))["log"]
+        for junk in ("null", '"x"', "{"):               # and a log that is not ours is none
+            Path("run/metrics.jsonl").write_text(junk)
+            assert evaluation.describe(frozen)["log"] == []
         assert same_bits(frozen.encoder.state_dict(), checkpoint["encoder"]) and frozen.step == frozen.steps == 4
 
 
