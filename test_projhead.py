@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shlex
 import shutil
@@ -682,12 +683,13 @@ def test_a_signal_saves_and_the_printed_command_continues(flags, number, at, mon
 
 @needs_fork
 def test_killed_at_any_moment_it_ends_with_the_same_bits(monkeypatch):
-    flags, save = "--predictor mlp --target ema --inner-steps 1 --epochs 4", train.save
+    flags, began, save = "--predictor mlp --target ema --inner-steps 1 --epochs 4", time.perf_counter(), train.save
     def hasty(run, step):                               # without the 30 seconds between two checkpoints
         save(run, step)
         run.saved -= 100
     monkeypatch.setattr(train, "save", hasty)
     run(flags, "whole")
+    lasts, moments = time.perf_counter() - began, random.Random(0)
     Path("parts").mkdir(), Path("parts/thesis.tex").write_text("chapter 1")
     def dies_in_sync(number):
         count = itertools.count(1)
@@ -695,6 +697,11 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(monkeypatch):
         run(flags, "parts")
     for number in (1, 2, 3, 5):                         # in the first checkpoint, the log, the checkpoint after it
         assert ended(forked(lambda: dies_in_sync(number))) == -signal.SIGKILL
+    for _ in range(4):
+        child = forked(lambda: run(flags, "parts"))
+        time.sleep(moments.uniform(0, lasts / 3))
+        os.kill(child, signal.SIGKILL)
+        assert ended(child) in (0, -signal.SIGKILL), Path("child").read_text()
     run(flags, "parts")
     assert same_run("whole", "parts") and Path("parts/thesis.tex").read_text() == "chapter 1"
     assert {file.name for file in Path("parts").glob("[!.]*")} == {"checkpoint.pt", "metrics.jsonl", "thesis.tex"}
@@ -859,7 +866,16 @@ def test_what_torchrun_sets_makes_several_processes_and_what_train_sets(monkeypa
     assert source.index("GOMP_SPINCOUNT") < source.index("import torch")
 
 
-def test_without_distributed_without_labels_and_in_a_thread(monkeypatch):
+def test_without_posix_without_distributed_without_labels_and_in_a_thread(monkeypatch):
+    for name in ("fcntl", "resource"):
+        monkeypatch.setitem(sys.modules, name, None)    # its import now fails
+    for name in ("O_NOFOLLOW", "O_DIRECTORY", "fork", "getuid", "setpgid"):
+        monkeypatch.delattr(os, name, raising=False)
+    windows = fresh()
+    pictures("p", 20)
+    for _ in "12":
+        windows.train(windows.parse_args(f"{SMALL} p --limit 8 --batch-size 4 --epochs 2 --out other".split()))
+    assert saved("other")["step"] == 4 and len(log_of("other")) == 3
     run("--head mlp --predictor mlp --inner-steps 1", "usual")
     for module in (train, projhead):                    # as in a torch that was built without it
         monkeypatch.setattr(module, "dist", argparse.Namespace(is_available=lambda: False))
@@ -1172,6 +1188,13 @@ def test_transform_probes_read_what_can_be_read_and_nothing_else(data, monkeypat
     (_, y), (_, test_y) = (evaluation.transformed(some, part, evaluation.gray, 2, i, False)
                            for i, (part, *_) in enumerate(parts))
     assert not torch.equal(y, test_y)                   # the test images' classes are others
+    seen = []
+    f.register_forward_pre_hook(lambda module, x: seen.append(len(x[0])))
+    for size in (16, 8, 32):                            # batches are so many pixels, of the image's or the network's
+        evaluation.features(some, torch.zeros(300, 3, size, size, dtype=torch.uint8))
+    monkeypatch.setattr(evaluation, "PIXELS", 1)
+    evaluation.features(some, images[:2])
+    assert seen == [250, 50, 250, 50, 62, 62, 62, 62, 52, 1, 1]
 
 
 # ---------------------------------------------------------------------------- tables
