@@ -607,8 +607,8 @@ def many_table(named: dict, common: list[str], columns: dict[str, Column], args)
         train.say(f"all: {' '.join(common)}")
     print_table([["flags", "n", *(["tap", *columns] if args.taps else map(" ".join, wide))], *lines])
     if args.against:
-        train.say(f"All but `{args.against}`: mean difference from it, paired by seed, ± half of its 95 % interval "
-                  "(Student's t)")
+        train.say(f"All but `{args.against}`: mean difference from it, paired by seed, ± half-width of its 95 % "
+                  "interval (Student's t)")
 
 
 # ---------------------------------------------------------------------------- plots

@@ -860,10 +860,11 @@ def test_what_torchrun_sets_makes_several_processes_and_what_train_sets(monkeypa
         patch.setattr(train.dist, "init_process_group", gone)
         one_line_error(lambda: train.join(parsed("--device cpu")), capsys, "process 1 cannot join the others: closed",
                        besides=("process ",))
-    monkeypatch.delenv("OMP_WAIT_POLICY", False), monkeypatch.delenv("GOMP_SPINCOUNT", False)
-    assert fresh() and os.environ["GOMP_SPINCOUNT"] == "1000"
-    source = (HERE / "train.py").read_text()            # torch reads it when it is imported
-    assert source.index("GOMP_SPINCOUNT") < source.index("import torch")
+    source = (HERE / "train.py").read_text()
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.delenv(name, False)
+        assert source.index(name) < source.index("import torch")        # which reads it
+    assert fresh() and os.environ["GOMP_SPINCOUNT"] == "1000" and os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
 
 def test_without_posix_without_distributed_without_labels_and_in_a_thread(monkeypatch):

@@ -15,8 +15,9 @@ is a folder, runs/NAME: checkpoint.pt, and metrics.jsonl, whose keys the docstri
 command continues an interrupted run. Accuracies come from python eval.py.
 """
 import os
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # before torch is imported: threads that wait give up their core
+if "OMP_WAIT_POLICY" not in os.environ:                 # both before torch is imported
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # threads that wait give up their core
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # large tensors in huge pages, on Linux: fewer page faults
 
 import argparse
 import collections
