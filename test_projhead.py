@@ -19,7 +19,6 @@ import shutil
 import signal
 import socket
 import sys
-import textwrap
 import threading
 import time
 import traceback
