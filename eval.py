@@ -67,7 +67,6 @@ COLUMNS = {
     "quadrant": Column("transform", "h z", ".1f", "which quarter of an image is it? a linear probe"),
     "pruned": Column("log", "h", ".2f", "fraction of h's features that a head with --sparsity no longer reads"),
     "offdiag": Column("log", "h", ".3g", "norm of the off-diagonal entries of --predictor offdiag"),
-    "moved": Column("log", "h", ".3g", "how far the weight of --predictor linear is from its start"),
 }
 KINDS = (" shape", " hue")                              # the two labels of the shapes: "linear shape", "linear hue"
 PER_LABEL = ("linear", "l2", "held_out", "knn")         # what each label has a column of its own for
@@ -99,7 +98,7 @@ def load_run(path, device="cpu") -> Run:
     earlier = UserError(f"{file} was made by an earlier commit, which eval.py no longer reads")
     with train.checkpoint_errors(file):
         args, images, step = argparse.Namespace(**checkpoint["args"]), checkpoint["images"], int(checkpoint["step"])
-        if vars(train.parse_args([])).keys() - vars(args).keys() - set(train.PLACES):
+        if vars(train.parse_args([])).keys() - vars(args).keys():
             raise earlier                           # a flag of today is missing; one that is gone does no harm
         steps = args.epochs * (images[0] // min(args.batch_size, images[0]))
         try:
@@ -255,8 +254,9 @@ def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k=20) 
         raise ValueError(f"{max(ks)} neighbours need more than {len(train_x)} training rows")
     train_x, test_x, right = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1), [0] * len(ks)
     classes = int(max(train_y.max(), test_y.max())) + 1
-    for x, y in zip(test_x.split(1000), test_y.split(1000)):
-        labels = train_y[(x @ train_x.T).topk(max(ks), dim=1).indices]             # N x max(ks), the nearest first
+    N = max(1, 50_000_000 // len(train_x))                                          # rows at a time: 200 MB of cosines
+    for x, y in zip(test_x.split(N), test_y.split(N)):
+        labels = train_y[(x @ train_x.T).topk(max(ks), dim=1).indices]              # N x max(ks), the nearest first
         for i, number in enumerate(ks):
             votes = labels.new_zeros(len(y), classes).scatter_add_(1, labels[:, :number], torch.ones_like(labels))
             right[i] += (votes.argmax(dim=1) == y).sum().item()
@@ -410,7 +410,8 @@ def transformed(run: Run, images: Tensor, transform, classes: int, seed: int, in
 
 MEASURES = (untrained, taps, features, probe, linear_probe, second_moment, fit, knn, table, labelled, carrying, rotate,
             gray, quadrant, transform_table, transformed, train.objective, train.two_views, train.augment, train.view,
-            train.normalize, train.resize_matrix, train.to_gray, projhead.effective_rank, projhead.features_holding)
+            train.normalize, train.resize_matrix, train.shift_hue, train.hsv_to_rgb, train.blur_matrix, train.to_gray,
+            projhead.effective_rank, projhead.features_holding, projhead.sparsity, *projhead.LOSSES.values())
 
 
 def measured(run: Run, probe: str, ks: list[int], dataset=None, data=None, inside=False) -> list[dict]:
@@ -458,7 +459,7 @@ def read_lines(files: list[str]) -> list[dict]:
                 line = json.loads(text)
                 key = json.dumps([line["run"], line["args"], line["images"]])
                 line["step"], line["steps"], line["log"]                                    # ours has these
-                [line["args"][flag] for flag in ("seed", "dataset", "encoder", "head")]
+                [line["args"][flag] for flag in ("seed", "dataset", "encoder", "image_size", "called")]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{file}, line {i}: not what eval.py --json writes") from None
             found[key] = found.get(key, {}) | line
@@ -477,7 +478,7 @@ def identity(line: dict) -> dict:
 
 def flags(line: dict) -> list[str]:
     """What a run is called, flag by flag, the head first."""
-    words = line["args"].get("called", f"--head {line['args']['head']}").split()         # older runs do not say it
+    words = line["args"]["called"].split()
     return [f"{flag} {value}" for flag, value in zip(words[::2], words[1::2])]
 
 
@@ -507,8 +508,7 @@ def values(line: dict, inside: bool) -> dict:
     found, last = {}, (line["log"] or [{}])[-1]
     for row in line.get("labels", []) + line.get("transform", []):
         if inside or not is_inside(row["tap"]):
-            found |= {(key, row["tap"]): math.nan if value is None else value
-                      for key, value in row.items() if key != "tap"}
+            found |= {(key, row["tap"]): value for key, value in row.items() if key != "tap"}
     logged = [name for name in COLUMNS if COLUMNS[name].source == "log" and last.get(name) is not None]
     return found | {(name, "h"): last[name] for name in logged}
 
@@ -517,13 +517,12 @@ def rows_of(named: dict, inside: bool) -> dict:
     """{label: {seed: values}}: the untrained encoders first, then the methods."""
     rows = {label: {seed: values(line, inside) for seed, line in seeds.items()} for label, seeds in named.items()}
     lines = [line for seeds in named.values() for line in seeds.values()]
-    start, counts = {}, {line["images"][0] for line in lines}
-    sizes = {line["args"].get("image_size") for line in lines}
+    start, seen = {}, {(line["images"][0], line["args"]["image_size"]) for line in lines}
     for label, seeds in named.items():
         for seed, line in seeds.items():
             name = f"untrained {line['args']['encoder']}"
-            name += f", {line['images'][0]} images" if len(counts) > 1 else ""      # no mean over what saw fewer images
-            name += f", {line['args'].get('image_size')} px" if len(sizes) > 1 else ""
+            if len(seen) > 1:                               # no mean over what saw other images
+                name += f", {line['images'][0]} images of {line['args']['image_size']} px"
             first = {(key, "h"): value for (key, tap), value in rows[label][seed].items() if tap == "h untrained"}
             if first:
                 start.setdefault(name, {})[seed] = first
@@ -558,7 +557,7 @@ def cell(form: str, numbers: list, difference: bool = False) -> str:
     if len(numbers) < 2:
         return f"{numbers[0]:{'+' * difference}{form}}" if numbers else ""
     mean, n = statistics.mean(numbers), len(numbers)
-    deviation = statistics.stdev(numbers) if math.isfinite(mean) else math.nan
+    deviation = statistics.stdev(numbers)
     half_width = deviation * T95[min(n, 10) - 2] / n ** 0.5
     return f"{mean:+{form}}±{half_width:{form}}" if difference else f"{mean:{form}} (sd {deviation:{form}})"
 
@@ -634,7 +633,7 @@ def draw(path: str, series: dict[str, list], x_name: str, y_name: str, radius: i
         return round(420 - 400 * (y - ys[0]) / (ys[-1] - ys[0]), 1)
     def text(x, y, words, anchor="middle", more=""):
         return f'<text x="{x}" y="{y}" text-anchor="{anchor}" {more}>{html.escape(words)}</text>'
-    parts = ['<rect width="830" height="490" fill="white"/><path d="M75 20V420H510" fill="none" stroke="#888"/>',
+    parts = ['<rect width="100%" height="100%" fill="white"/><path d="M75 20V420H510" fill="none" stroke="#888"/>',
              text(292, 472, x_name), text(-220, 22, y_name, more='transform="rotate(-90)"')]
     parts += [f'<path d="M{across(x)} 420v5" stroke="#888"/>{text(across(x), 442, f"{x:.4g}")}' for x in xs]
     parts += [f'<path d="M75 {up(y)}h-5" stroke="#888"/>{text(66, up(y) + 5, f"{y:.4g}", "end")}' for y in ys]
@@ -654,9 +653,11 @@ def draw(path: str, series: dict[str, list], x_name: str, y_name: str, radius: i
         below += 5
     if not all(filled for points in series.values() for *_, filled in points):
         parts.append(text(528, below + 10, "filled: h, hollow: z", "start"))
+    height = max(490, below + 25)
     with train.replacing(Path(path)) as file:
-        file.write('\n'.join(['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 830 490" width="830" height="490" '
-                              'font-family="sans-serif" font-size="15">', *parts, "</svg>\n"]).encode())
+        file.write("\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 830 {height}" width="830" '
+                              f'height="{height}" font-family="sans-serif" font-size="15">',
+                              *parts, "</svg>\n"]).encode())
     train.say(f"{path}: {y_name} by {x_name}")
 
 
@@ -665,8 +666,7 @@ def plot(path: str, named: dict, x_name: str, y_name: str) -> None:
     rows, places = rows_of(named, inside=False), ("h", "z")
     if x_name == "epoch":                                   # the log, with an epoch in place of a tap
         def logged(line):
-            return {(key, epoch["epoch"]): math.nan if value is None else value
-                    for epoch in line["log"][1:] for key, value in epoch.items()}
+            return {(key, epoch["epoch"]): value for epoch in line["log"][1:] for key, value in epoch.items()}
         rows = {label: {seed: logged(line) for seed, line in seeds.items()} for label, seeds in named.items()}
         places = sorted({epoch for seeds in rows.values() for found in seeds.values() for _, epoch in found})
     series = {}
@@ -747,7 +747,7 @@ def parse_args() -> argparse.Namespace:
     add("--k", type=train.number(int, 1), nargs="+", metavar="K", help="Neighbours of kNN, each a column. "
         "Default: 20 200, of which a table has the latter.")
     add("--dataset", choices=train.SIZES, help="Other labelled images to probe with. Default: the run's own.")
-    add("--data", type=train.path, metavar="DIR",
+    add("--data", type=train.data_path, metavar="DIR",
         help="Where they lie. Default: where the run found its own, or data.")
     add("--device", default=train.default_device(), help="Default: torch's accelerator where there is one, else cpu.")
     add = p.add_mutually_exclusive_group().add_argument
@@ -757,7 +757,6 @@ def parse_args() -> argparse.Namespace:
     add("--neighbors", type=train.path, metavar="PNG", help="A picture: test images, nearest training images.")
     add("--views", type=train.path, metavar="PNG", help="A picture: training images and views of them.")
     args = p.parse_args()
-    args.data = args.data and os.path.abspath(args.data)
     for file, ending in ((args.plot, ".svg"), (args.neighbors, ".png"), (args.views, ".png")):
         refuse(file and not file.lower().endswith(ending), f"{file} does not end in {ending}")
     of_tables = args.rows or args.columns or args.taps or args.probe or args.k or len(args.run) > 1
@@ -772,13 +771,13 @@ def parse_args() -> argparse.Namespace:
 
 def matching(found: list[tuple], rows: list[list[str]]) -> list[tuple]:
     """The pairs (line, run) with all flags of any of these rows. Raises UserError for one that fits none."""
-    kept = []
+    kept = set()
     for words in rows:
         typed = {flag: value for flag, value in vars(train.parser().parse_args(words)).items() if value is not None}
-        fits = [pair for pair in found if typed.items() <= pair[0]["args"].items()]
+        fits = {i for i, (line, _) in enumerate(found) if typed.items() <= line["args"].items()}
         refuse(not fits, f"--rows: no run has {' '.join(words)}")
-        kept += fits
-    return [pair for pair in found if pair in kept]
+        kept |= fits
+    return [found[i] for i in sorted(kept)]
 
 
 def full_float32() -> None:
@@ -835,7 +834,7 @@ def main() -> None:
         if line["step"] < line["steps"]:
             note(f"{line['run']} is not finished: step {line['step']} of {line['steps']}")
         if args.json:
-            train.say(json.dumps(json.loads(json.dumps(line), parse_constant=lambda _: None)))     # JSON has no NaN
+            train.say(json.dumps(line))
     if args.plot:
         plot(args.plot, named, *x_and_y)
     elif len(found) == 1 and not args.json and not args.against:

@@ -77,7 +77,7 @@ class MLP(nn.Sequential):
     """z = W2 relu(BN(W1 h)) + b2: (N, D) -> (N, d). SimCLR's head with one hidden layer [paper].
 
     hidden is 2 D unless given [reading], and d is 128: for ResNet-18 this is the 512-1024-128 of simclr-cifar10 [code].
-    bn: a BatchNorm behind each hidden layer, whose Linear then has no bias, as in SimCLR's and lightly's heads [code];
+    bn: a BatchNorm after each hidden layer, whose Linear then has no bias, as in SimCLR's and lightly's heads [code];
     simclr-cifar10's and solo-learn's have none [code]. depth is the number of linear layers: Gupta et al. study the
     head's layers [paper]; without a hidden one bn has no effect. Raises ValueError for depth < 1, and with bn for N = 1
     in training.

@@ -663,16 +663,20 @@ def before_each_step(monkeypatch, action, learning_rate=train.learning_rate):
 @pytest.mark.parametrize("flags, number, at", [
     ("--head sparse --predictor offdiag", signal.SIGINT, 0), ("--predictor mlp --target ema", signal.SIGTERM, 4),
     ("--predictor linear --inner-steps 1 --inner-gradient unrolled", signal.SIGINT, 7),
-    ("--head parametric --inner-batch other --inner-start reset", signal.SIGTERM, 8)])
+    ("--head parametric --inner-batch other --inner-start reset", signal.SIGTERM, 8),
+    ("--head none", signal.SIGINT, 2.5)])               # between two steps: the second one still sees it
 def test_a_signal_saves_and_the_printed_command_continues(flags, number, at, monkeypatch, capsys):
     flags, handlers = f"--limit 40 {flags}", [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
     run(flags, "whole")                                 # two epochs of 5 steps
     before_each_step(monkeypatch, lambda step: signal.raise_signal(number) if step == at else None)
+    def between(progress, done, *_):
+        return done - 0.5 == at and signal.raise_signal(number)
+    monkeypatch.setattr(train.Progress, "__call__", between)
     usual = "train.py --encoder convnet128 --batch-size 8 --epochs 2 --out parts"
     monkeypatch.setattr(sys, "argv", f"{usual} {flags}".split())
     with pytest.raises(SystemExit) as stop:
         train.train(train.parse_args())
-    assert stop.value.code == 128 + number and saved("parts")["step"] == at + 1
+    assert stop.value.code == 128 + number and saved("parts")["step"] == math.ceil(at) + 1
     assert handlers == [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
     command = capsys.readouterr().err.split("this continues: ")[1]
     before_each_step(monkeypatch, lambda step: None)
@@ -940,7 +944,9 @@ def test_a_run_that_is_finished_or_another_stays_and_keeps_its_precision(monkeyp
     whole, _ = run("--head mlp", "whole"), stopped("--head mlp", out="moves")
     monkeypatch.setattr(train, "native_precision", lambda device: "float32")
     one_line_error(lambda: run("--head mlp --precision float32", "moves"), capsys, "bfloat16 there, float32 here")
+    Path("moves/metrics.jsonl").write_text("")          # then it gets its header again
     assert same_bits(run("--head mlp", "moves"), whole) and not same_bits(whole, before)
+    assert "command" in log_of("moves")[0]
 
 
 def test_the_learning_rates_of_the_steps_and_what_the_log_says(monkeypatch):
@@ -951,22 +957,21 @@ def test_the_learning_rates_of_the_steps_and_what_the_log_says(monkeypatch):
         return out
     monkeypatch.setattr(train, "train_step", watched)
     sparse = run("--head sparse --predictor offdiag --inner-steps 1", "sparse")
-    linear = run("--predictor linear", "linear")
-    (first, _, line), (*_, other) = log_of("sparse"), log_of("linear")
-    (_, _, loss1, inner1), (_, h, loss2, inner2) = steps[2:4]           # those of the second epoch
-    A, moved = sparse["predictor"]["A"], linear["predictor"]["weight"] - untrained(linear).q.weight.detach()
+    first, _, line = log_of("sparse")
+    (_, _, loss1, inner1), (last, h, loss2, inner2) = steps[2:4]        # those of the second epoch
+    A = sparse["predictor"]["A"]
     g = evaluation.load_run("sparse").head              # in eval mode, and measuring moved nothing in it:
     assert sparse["head"]["1.num_batches_tracked"] == 8                         # a pass for each step of theta or phi
     for written, expected in (
             (line["loss"], (loss1 + loss2) / 2), (line["inner_loss"], (inner1 + inner2) / 2),
             (line["rank_h"], projhead.effective_rank(h)), (line["rank_z"], projhead.effective_rank(g(h))),
             (line["spread_h"], projhead.spread(h)), (line["spread_z"], projhead.spread(g(h))),
-            (line["offdiag"], (A - A.diag().diag()).norm()), (other["moved"], moved.norm()),
+            (line["offdiag"], (A - A.diag().diag()).norm()), (line["lr"], last[0]),
             (line["penalty"], naive_penalty(sparse["head"]["0.weight"], "l21", unit_rows=True))):
         assert 0 != written == pytest.approx(float(expected), abs=1e-4)
     assert first.keys() == set("command args torch torchvision python device processes threads images".split())
     explained = set(re.findall(r"\w+", train.end_epoch.__doc__.replace(", _z", ", spread_z")))
-    assert {*first, *line, *other, "memory"} <= explained
+    assert {*first, *line, "memory"} <= explained
     peak = 0.5 * 8 / 256                                # warmup: 1.2 of the 4 steps
     lr = [peak / 2.2, peak * 2 / 2.2, *(peak * (1 + math.cos(math.pi * (step - 1.2) / 2.8)) / 2 for step in (2, 3))]
     flags = "--predictor offdiag --lr 0.5 --head-lr 3 --predictor-lr 7 --warmup 0.3 --predictor-schedule"
@@ -1256,7 +1261,7 @@ def test_the_tables_of_the_command_line_from_runs_and_from_their_lines(quick, ev
             assert line[key] == (f"{numbers[key, tap]:{form}}" if (key, tap) in numbers else "")
     assert [*cells(evaluated("--probe transform"))[3].values()][:5] == ["chance", "", "25.0", "50.0", "25.0"]
     several = evaluated("runs/new runs/old")
-    first = [f"untrained convnet128, {M} images" for M in (16, 8)]      # no mean over probes that see fewer images
+    first = [f"untrained convnet128, {M} images of 32 px" for M in (16, 8)]     # no mean over what saw other images
     assert column(several) == [*first, "--head mlp --predictor offdiag --limit 16", "--head none --limit 8"]
     assert column(several, "offdiag h") == ["", "", f"{new['log'][-1]['offdiag']:.3g}", ""]
     Path("x.jsonl").write_text(both)
@@ -1300,7 +1305,7 @@ def test_many_runs_are_one_table_and_differences_are_paired_by_seed(evaluated, c
         x = torch.linspace(-t, t, 20_001, dtype=double)
         assert torch.trapezoid(torch.distributions.StudentT(df).log_prob(x).exp(), x) == pytest.approx(0.95, abs=1e-3)
     for numbers, plain, difference in (
-            ([1.0, math.nan], "nan (sd nan)", "+nan±nan"), ([*range(12)], "5.5 (sd 3.6)", "+5.5±2.4")):
+            ([], "", ""), ([1.0], "1.0", "+1.0"), ([*range(12)], "5.5 (sd 3.6)", "+5.5±2.4")):
         assert [evaluation.cell(".1f", numbers, each) for each in (False, True)] == [plain, difference]
 
 
@@ -1317,33 +1322,28 @@ def test_rows_are_what_runs_are_and_labels_what_was_typed(evaluated, capsys):
     half = a_line(f"--head mlp {tau}", precision="bfloat16")            # another run, typed alike
     assert flags(mlp, half, other_order) == (
         shared, [("--head mlp --precision float32", "2"), ("--head mlp --precision bfloat16", "1")])
-    old = a_line(f"--head none {tau}", called="gone")       # which did not say what was typed
-    assert flags(mlp, old) == ("", [(f"--head mlp {shared[5:]}", "1"), ("--head none", "1")])
     written(*(a_line("--dataset folder", seed, data=f"/{seed}/set") for seed in (0, 1)))       # a folder that was moved
     assert column(evaluated("x.jsonl --columns gray"), "n") == ["2"]
     one, other = (a_line("--dataset folder", seed, start=2, data="/a/set") for seed in (0, 1))
     written(one, other | {"images": [9, 8]})            # other images in a folder of that name
     assert column(evaluated("x.jsonl --columns gray"), "n")[1:] == ["1", "1"]
     written(one, a_line("--dataset folder --image-size 16", start=3, data="/a/set"))
-    assert column(evaluated("x.jsonl"))[:2] == [f"untrained convnet128, {size} px" for size in (64, 16)]
+    assert column(evaluated("x.jsonl"))[:2] == [f"untrained convnet128, 9 images of {size} px" for size in (64, 16)]
     written(mlp, mlp | {"run": "a copy"})
     one_line_error(lambda: evaluated("x.jsonl"), capsys, "a copy", mlp["run"], "leave one out")
 
 
 def test_lines_that_do_not_hold_what_is_asked_and_some_rows(evaluated, capsys):
-    nan, one = a_line("--head mlp", 0, math.nan), a_line("--head none")
-    written(nan, one)
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in evaluated("x.jsonl --json").splitlines()]
-    assert [line["labels"][0]["linear hue"] for line in lines] == [None, 1]
-    written(*lines)
-    assert column(evaluated("x.jsonl"), "linear hue h") == ["nan", "1.0"]
-    del nan["transform"]
-    written(nan | {"step": 4}), written(lines[0] | {"labels": lines[1]["labels"]}, to="y.jsonl")
-    assert "1.0" in evaluated("x.jsonl y.jsonl") and "nan" in evaluated("y.jsonl x.jsonl")      # the later one counts
+    part, one, other = a_line("--head mlp", 0, 7.0), a_line("--head none"), a_line("--head mlp")
+    written(part, one)
+    assert [json.loads(line) for line in evaluated("x.jsonl --json").splitlines()] == [part, one]
+    del part["transform"]
+    written(part | {"step": 4}), written(other, to="y.jsonl")
+    assert "1.0" in evaluated("x.jsonl y.jsonl") and "7.0" in evaluated("y.jsonl x.jsonl")      # the later one counts
     assert "gray" in evaluated("y.jsonl x.jsonl --columns gray")        # for all that it holds
     for words, error in (
             ("x.jsonl --probe transform", "--probe transform"), ("x.jsonl --columns gray", "--probe transform"),
-            ("x.jsonl --json", "--probe transform"), ("x.jsonl --columns carrying moved", "no"),
+            ("x.jsonl --json", "--probe transform"), ("x.jsonl --columns carrying offdiag", "no"),
             *((f"x.jsonl {words}", "runs' folders") for words in ("--dataset cifar10", "--data there", "--k 3"))):
         one_line_error(lambda: evaluated(words), capsys, error, besides=("--head",))        # is not finished
     whole = json.dumps(one).encode()
@@ -1353,10 +1353,11 @@ def test_lines_that_do_not_hold_what_is_asked_and_some_rows(evaluated, capsys):
         Path("x.jsonl").write_bytes(content)
         one_line_error(lambda: evaluated("x.jsonl"), capsys, "x.jsonl", error)
     written(*(a_line(flags) | {"run": i} for i, flags in enumerate((
-        "--head mlp --tau 0.1", "--head mlp", "--head none --tau 0.1 --hue 0"))))
+        "--head mlp --tau 0.1", "--head mlp", "--head none --tau 0.1 --hue 0 --dataset cifar10 --data y"))))
     for rows, expected in (
             ("'--tau .1'", [0, 2]), ("'--head mlp'", [0, 1]), ("'--head mlp --tau .1' '--hue 0 --head none'", [0, 2]),
-            ("'--head none' '--tau 0.5'", [1, 2]), ("'--tau 0.1' '--head mlp'", [0, 1, 2]), ("''", [0, 1, 2])):
+            ("'--data y --dataset cifar10'", [2]), ("'--head none' '--tau 0.5'", [1, 2]),
+            ("'--tau 0.1' '--head mlp'", [0, 1, 2]), ("''", [0, 1, 2])):
         lines = evaluated(f"x.jsonl --json --rows {rows}").splitlines()
         assert [json.loads(line)["run"] for line in lines] == expected, rows
     for rows, error in (("'--tau 0.1' '--tau 0.2'", "no run has --tau 0.2"), ("--wrong", ""), ("mlp", "mlp"),
@@ -1378,7 +1379,7 @@ def test_what_was_measured_is_kept_by_the_source_that_measures(evaluated, monkey
     calls, edited, getsource = [], [], evaluation.inspect.getsource
     def table(run, data, ks, inside):
         calls.append(len(data[0][0]))
-        row = {"tap": "h", "dim": 3, "rank": run.encoder[0].weight.sum().item(), f"knn{ks[-1]} hue": math.nan}
+        row = {"tap": "h", "dim": 3, "rank": run.encoder[0].weight.sum().item(), f"knn{ks[-1]} hue": 3.0}
         return [row, *[row | {"tap": "g[0] Linear"}] * inside, row | {"tap": "z"}]
     monkeypatch.setattr(evaluation, "table", table)
     monkeypatch.setattr(evaluation.inspect, "getsource", lambda f: getsource(f) + "#" * (f.__name__ in edited))
@@ -1390,7 +1391,7 @@ def test_what_was_measured_is_kept_by_the_source_that_measures(evaluated, monkey
     first, few = measured("--taps"), measured(times=0)  # what has all taps has h and z too
     assert "g[0]" in first and "g[0]" not in few
     assert "knn3 " in measured("--k 3") and measured(times=0) == few    # both are kept
-    for name, times in (("probe", 1), ("effective_rank", 1), ("quadrant", 1), ("plot", 0), ("cell", 0)):
+    for name, times in (("probe", 1), ("effective_rank", 1), ("nt_xent", 1), ("plot", 0), ("cell", 0)):
         edited.append(name)                             # an edited probe is measured anew, an edited plot is not
         assert measured(times=times) == few
     monkeypatch.setattr(evaluation, "L2", (1.0,))
@@ -1444,10 +1445,10 @@ def test_plots_have_their_dots_at_the_means(evaluated, monkeypatch, capsys):
     def parts(name, attribute=None):                    # of the file
         found = [part for part in ET.parse("a.svg").getroot() if part.tag.endswith(f"}}{name}")]
         return [part.attrib[attribute] if attribute else part.text for part in found]
-    log = [[{"command": ""}, *({"epoch": e, "rank_z": e * by, "pruned": None} for e in (1, 2, 3))] for by in (2, 4)]
+    log = [[{"command": ""}, *({"epoch": e, "rank_z": e * by} for e in (1, 2, 3))] for by in (2, 4)]
     written(a_line("--head mlp", 0, 10, 20, 4, log[0]), a_line("--head mlp", 1, 20, 40, 6, log[1]),
             a_line("--head none", 0, 30, None, 4, called="--encoder convnet128 --head <none>&"),
-            a_line("--head linear", 5, math.nan, 50), a_line("--head linear", 6, 20, 70))       # no dot for h
+            a_line("--head linear", 5, None, 50), a_line("--head linear", 6, 20, 70))           # no dot for h
     assert "a.svg: gray by linear hue" in evaluated("x.jsonl --plot a.svg --columns 'linear hue' gray")    # both probes
     assert drawn == [{"untrained convnet128 (n=2)": [(5, 6, True)], "--head linear (n=2)": [(60, 61, False)],
                       "--head mlp (n=2)": [(15, 16, True), (30, 31, False)], "--head <none>& (n=1)": [(30, 31, True)]}]
@@ -1456,9 +1457,11 @@ def test_plots_have_their_dots_at_the_means(evaluated, monkeypatch, capsys):
     assert drawn[1:] == [{"--head mlp (n=2)": [(1, 3, True), (2, 6, True), (3, 9, True)]}]
     assert parts("polyline", "points") == ["75.0,370.0 292.5,220.0 510.0,70.0"] and "epoch" in parts("text")
     assert parts("text")[2:-1] == ["1", "1.5", "2", "2.5", "3", "2", "4", "6", "8", "10"]
-    for words, error in (("epoch pruned", "no run has both"), ("gray", "two columns"), ("gray moved", "no run has")):
+    for words, error in (("epoch pruned", "no run has both"), ("gray", "two columns"), ("gray offdiag", "no run has")):
         one_line_error(lambda: evaluated(f"x.jsonl --plot b.svg --columns {words}"), capsys, error)
     assert not Path("b.svg").exists()
+    draw("a.svg", {f"row {i}": [(i, i, True)] for i in range(40)}, "x", "y", 6)         # all of a long legend is there
+    assert max(map(float, parts("text", "y"))) < float(ET.parse("a.svg").getroot().attrib["height"])
     for numbers in ([0, 100], [-3.0, 7.2], [5], [66.1, 66.10000000000001], [1e-5, 0.1], [9e8, 9e8 + 1]):
         ticks = evaluation.axis(numbers)
         assert ticks == sorted(ticks) and 2 <= len(ticks) <= 8 and ticks[0] < ticks[-1]
@@ -1515,7 +1518,7 @@ run --neighbors a.png --probe transform | run --neighbors a.png --columns rank |
 run --plot a.png | run --plot a.svg --columns rank | run --plot a.svg --taps
 """
 EVAL_BAD_LATE = ("tiny --probe transform", "run --dataset folder --data nowhere", "run --plot nowhere/run/a.svg",
-                 "run --dataset cifar10 --data nowhere", "run --columns pruned", "run tiny --columns moved --taps")
+                 "run --dataset cifar10 --data nowhere", "run --columns pruned", "run tiny --columns offdiag --taps")
 
 
 def test_eval_refuses_in_one_line_and_before_it_measures(quick, evaluated, monkeypatch, capsys):
@@ -1538,7 +1541,7 @@ def test_eval_refuses_in_one_line_and_before_it_measures(quick, evaluated, monke
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"projector": 3}, None), ({"called": "gone"}, None), ({"head_bn": "gone"}, "earlier commit"),
+    ({"projector": 3}, None), ({"called": "gone"}, "earlier commit"), ({"head_bn": "gone"}, "earlier commit"),
     ({"head": "topk"}, "earlier commit"), ({"encoder": "vit"}, "earlier commit"), ({"hidden": 3}, "damaged")])
 def test_checkpoints_of_other_commits(change, words, capsys):
     checkpoint = run("--head mlp")
@@ -1747,14 +1750,14 @@ def test_paths_as_they_are_typed_and_shapes_as_they_are_drawn(monkeypatch, capsy
     for flag in ("--data", "--out"):
         one_line_error(lambda: train.parse_args(["--dataset=cifar10", flag, ""]), capsys, flag, "empty path")
     def dataset(root, train, download):
-        roots.append((root, download))
+        roots.append((root, download))                  # torchvision downloads only what is not there, whole
         return argparse.Namespace(data=torch.zeros(5, 32, 32, 3).byte().numpy(), targets=[*range(5)], classes=[])
     dataset.base_folder = "cifar-10-batches-py"
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", dataset), Path("d/cifar-10-batches-py").mkdir(parents=True)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", dataset)
     for root in ("d", "d/cifar-10-batches-py", "other"):
         images, labels, _ = train.load_dataset("cifar10", root, limit=3)
         assert images.shape == (3, 3, 32, 32) and labels.tolist() == [0, 1, 2]
-    assert roots == [(Path("d"), False), (Path("d"), False), (Path("other"), True)]
+    assert roots == [(Path("d"), True), (Path("d"), True), (Path("other"), True)]
     (a, labels), (b, _), (other, _) = (draw_shapes(64, seed) for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, other) and a.shape == (64, 3, 32, 32) and a.dtype == torch.uint8
     assert labels.shape == (64, 2) and labels[:, 0].unique().tolist() == list(range(8)) and labels[:, 1].max() == 5
@@ -1778,6 +1781,9 @@ def test_a_bad_image_is_left_out_and_data_may_move(capsys):
         with pytest.raises(train.UserError, match=error):
             run(f"{SMALL}many --limit {limit}")
     assert not Path("run").exists() and len(list(Path("../cache/projhead").iterdir())) == 4
+    pictures("ten/train", 20), pictures("ten/test", 0, 10)
+    with pytest.raises(train.UserError, match="no image in ten to test on could be read"):
+        both_parts("ten")
     flags = SMALL.replace("--data", "--image-size 16 --limit 24 --data")
     pictures("p", 40)
     run(flags + "p", "whole"), stopped(flags + "p", at=3, out="part")

@@ -140,9 +140,10 @@ def train(args) -> None:
             if model.target:                            # from --ema at the start to 1 at the end
                 update_target(model, 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / run.total)) / 2)
             run.losses.append(torch.stack([loss, loss if inner is None else inner]))
-            end_step(run, step + 1, lr, h, model, caught)
+            stopping = bool(caught)                     # a signal from here on stops the next step
+            end_step(run, step + 1, h, stopping)
             progress(step + 1, run.shown)
-            if caught and step + 1 < run.total:
+            if stopping and step + 1 < run.total:
                 note(f"stopped after step {step + 1} of {run.total}; this continues: {command()}")
                 raise SystemExit(128 + caught[0])
     say(f"finished. Look at it: python eval.py {shlex.quote(args.out)}")
@@ -184,6 +185,10 @@ def path(text: str) -> str:
     return os.path.expanduser(text)                     # a shell leaves the ~ of --out=~/run as it is
 
 
+def data_path(text: str) -> str:
+    return os.path.abspath(path(text))                  # so that a run finds its images from anywhere
+
+
 def parser() -> Parser:
     """What was not typed is None: `parse_args` has the defaults."""
     first, _, rest = __doc__.split("\n", 2)
@@ -196,7 +201,7 @@ def parser() -> Parser:
     add("--depth", type=number(int, 1, 16), help="Linear layers of an mlp, parametric or sparse head. Default: 2.")
     add("--hidden", type=width, help="Width of the hidden layers of the head. Default: twice that of h.")
     add("--dim", type=width, help="Width of z. Default: 128; with --head slice 360/2048 of h.")
-    add("--head-bn", choices=["none", "hidden", "end", "both"], help="BatchNorm behind each hidden layer, at the end "
+    add("--head-bn", choices=["none", "hidden", "end", "both"], help="BatchNorm after each hidden layer, at the end "
         "(without affine), or both. Default: hidden, or none without such a layer; with a prediction head both, or "
         "end, unless --loss bn.")
     add("--head-lr", type=factor, help="Learning rate of g, times the encoder's; 0 leaves it random. Default: 1.")
@@ -227,8 +232,8 @@ def parser() -> Parser:
     add("--tau", type=number(float, 1e-3), help="Temperature of infonce. Default: 0.5.")
     add = p.add_argument_group("data and views").add_argument
     add("--dataset", choices=SIZES, help="Images: shapes are drawn, folder is your own. Default: shapes.")
-    add("--data", type=path, metavar="DIR", help="Folder of the data set, which is downloaded if it is not there. For "
-        "--dataset folder: DIR/train/CLASS and DIR/test/CLASS, or DIR/CLASS, a fifth for testing. Default: data.")
+    add("--data", type=data_path, metavar="DIR", help="Folder of the data set, which is downloaded if it is not there. "
+        "For --dataset folder: DIR/train/CLASS and DIR/test/CLASS, or DIR/CLASS, a fifth for testing. Default: data.")
     add("--limit", type=number(int, 2), metavar="N", help="Train on N images only: the first, of a folder some of each "
         "class. Default: all.")
     add("--image-size", type=number(int, 8, 512), help="Pixels to which a folder's images are cut. Default: 64.")
@@ -284,7 +289,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     end = predicts and args.loss != "bn" and args.head != "reweight"
     default("head_bn", ("both" if end else "hidden") if deep else ("end" if end else "none"))
     hidden_bn, end_bn = args.head_bn in ("hidden", "both"), args.head_bn in ("end", "both")
-    refuse(hidden_bn and not deep, f"--head-bn: {args.head_bn} is behind a hidden layer, and there is none")
+    refuse(hidden_bn and not deep, f"--head-bn: {args.head_bn} follows a hidden layer, and there is none")
     refuse(end_bn and args.head == "reweight", f"--head-bn: {args.head_bn} would undo --head reweight")
 
     default("inner_steps", 2 if args.head == "parametric" else 0)
@@ -302,7 +307,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     default("dataset", "shapes")
     shapes, size = args.dataset == "shapes", SIZES[args.dataset]
-    default("data", "data", not shapes, "shapes are drawn, not read: name a --dataset")
+    default("data", data_path("data"), not shapes, "shapes are drawn, not read: name a --dataset")
     other_size = args.dataset != "folder" and typed.get("image_size", size) != size
     default("image_size", size, not other_size, f"{args.dataset} has images of {size} px")
     default("crop_scale", 0.5 if shapes else 0.2)
@@ -315,7 +320,6 @@ def parse_args(argv=None) -> argparse.Namespace:
                         "warmup": 0.05, "seed": 0, "device": default_device(), "precision": None}.items():
         default(flag, value)                            # start_run sets the precision, by the device or the checkpoint
 
-    args.data = args.data and os.path.abspath(args.data)        # so that a run finds its images from anywhere
     words = {flag: value for flag, value in ({"head": args.head} | typed).items() if flag not in ("seed", *PLACES)}
     args.called = " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in words.items())
     data = f"folder-{os.path.basename(args.data)}" if args.dataset == "folder" else args.dataset
@@ -351,17 +355,13 @@ def load_dataset(name: str, root="data", train=True, size=64, limit: int | None 
         images, labels = draw_shapes(10_000, seed=1) if train else draw_shapes(4_000, seed=2)
         return images[:limit], labels[:limit], SHAPES
     make = getattr(torchvision.datasets, name.upper())
-    folder = make.base_folder                           # "cifar-10-batches-py", say
     part = dict(split="train+unlabeled" if train else "test") if name == "stl10" else dict(train=train)
-    root = Path(root).parent if Path(root).name == folder else Path(root)       # its own folder may be named
-    there = (root / folder).exists()
+    root = Path(root).parent if Path(root).name == make.base_folder else Path(root)     # its own folder may be named
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            data = make(root, download=not there, **part)
+        data = make(root, download=True, **part)        # only where it is not there, or not whole
     except Exception as e:                              # torchvision raises many kinds
-        why = f"({type(e).__name__}: {e})".split("\n")[0]
-        raise UserError(f"{root}/{folder} is incomplete or corrupt {why}: remove it to download again" if there else
-                        f"no {folder} in {root}, and no download {why}: name its folder by --data") from None
+        why = f"{type(e).__name__}: {e}".split("\n")[0]
+        raise UserError(f"no whole {make.base_folder} in {root}, no download ({why}): name its folder by --data") from e
     images, labels = torch.from_numpy(data.data), torch.tensor(data.labels if name == "stl10" else data.targets).long()
     images = images if name == "stl10" else images.permute(0, 3, 1, 2).contiguous()
     return images[:limit], labels[:limit], data.classes
@@ -382,6 +382,7 @@ def load_folder(root: Path, train: bool, size: int, limit: int | None) -> tuple[
     refuse(not files, f"no images ({' '.join(IMG_EXTENSIONS)}) in {root} to {'train' if train else 'test'} on")
     refuse(len(files) < (limit or 0), f"there are {len(files)} training images, and {limit} are needed")
     images, readable = decoded([path for _, path, _ in files], size)
+    refuse(not len(images), f"no image in {root} to {'train' if train else 'test'} on could be read")
     label = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([label.get(name, -1) for *_, name in files])
     if lost := [name for name in classes if label[name] in labels and label[name] not in labels[readable]]:
@@ -621,12 +622,13 @@ def augment(images: Tensor, generator, crop_scale=0.2, hue=0.1, grayscale=0.1, r
     Crop of crop_scale to 1 of the area, resized back; flip; with probability 0.8 brightness, contrast and saturation
     by a factor in 0.6 to 1.4 and a hue shift up to +-hue turns; gray with probability grayscale; these are
     simclr-cifar10's [code]. Above 64 px a Gaussian blur with probability 0.5 [reading]. Each is torchvision's own
-    definition, in batch: every parameter is drawn per image, the order of the four colour operations once per call.
+    definition, in batch: every parameter is drawn per image, the order of the four colour operations once per call. The
+    generator is a CPU's, so that views are the same on all devices.
     The images may be one rank's part of a batch: then its parameters are that part of the whole batch's.
     """
     N, S, device = len(images), images.shape[-1], images.device
     def uniform(low, high, *shape):
-        drawn = torch.rand(*shape, N * ranks, generator=generator, device=generator.device)
+        drawn = torch.rand(*shape, N * ranks, generator=generator)
         return low + (high - low) * drawn[..., rank * N:(rank + 1) * N]
     area, ratio = uniform(crop_scale, 1, 10) * S * S, uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
     heights, widths = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
@@ -638,7 +640,7 @@ def augment(images: Tensor, generator, crop_scale=0.2, hue=0.1, grayscale=0.1, r
     applied = (uniform(0, 1) < 0.8).float()
     factors, shift = 1 + applied * uniform(-0.4, 0.4, 3), applied * uniform(-hue, hue)
     gray = (uniform(0, 1) < grayscale).float()
-    order = torch.randperm(4, generator=generator, device=generator.device).tolist()
+    order = torch.randperm(4, generator=generator).tolist()
     blurred, sigma = torch.zeros(N), torch.ones(N)
     if S > 64:
         blurred, sigma = (uniform(0, 1) < 0.5).float(), uniform(0.1, 2)
@@ -822,7 +824,7 @@ def start_run(args, images: Tensor, model: Model, theta, phi, per_epoch: int, de
         "processes": world_size(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)})]
     if log.exists():
-        run.log = log.read_text(errors="replace").splitlines()[:1 + run.step // per_epoch]
+        run.log = log.read_text(errors="replace").splitlines()[:1 + run.step // per_epoch] or run.log
     say(f"{args.out}: {len(images)} images of {args.image_size} px, {args.encoder} in {args.precision} on {device}, "
         f"step {run.step} of {run.total}" + f", {world_size()} processes" * (world_size() > 1))
     if per_epoch < 10:
@@ -901,11 +903,11 @@ def save(run, step: int) -> None:
     run.saved = time.perf_counter()
 
 
-def end_step(run, done: int, lr: float, h: Tensor, model: Model, stopped) -> None:
+def end_step(run, done: int, h: Tensor, stopping: bool) -> None:
     """After `done` steps look at the losses, end the epoch and save, each where it is due. Raises UserError for a loss
     that is not finite."""
     ended = done % run.per_epoch == 0
-    if ended or stopped or h.device.type == "cpu" or len(run.losses) == 100:
+    if ended or stopping or h.device.type == "cpu" or len(run.losses) == 100:
         values = torch.stack(run.losses).cpu()                  # this waits for a GPU
         if world_size() > 1:
             dist.all_reduce(values)
@@ -916,9 +918,9 @@ def end_step(run, done: int, lr: float, h: Tensor, model: Model, stopped) -> Non
         run.seen.append(values)
         run.losses, run.shown = [], f"loss {values[-1, 0]:.2f}"
     if ended:
-        end_epoch(run, done, lr, h, model)
+        end_epoch(run, done, h)
     due = 30 if ended else 300                                  # seconds after the last checkpoint
-    if stopped or done == run.total or time.perf_counter() - run.saved > due:
+    if stopping or done == run.total or time.perf_counter() - run.saved > due:
         save(run, done)
 
 
@@ -927,7 +929,7 @@ def diverged(what: str, step: int, args) -> UserError:
                      f"{' or --sparsity' * bool(args.sparsity)}; {args.out} keeps what was saved before")
 
 
-def end_epoch(run, step: int, lr: float, h: Tensor, model: Model) -> None:
+def end_epoch(run, step: int, h: Tensor) -> None:
     """Add a line to metrics.jsonl and print it. The keys, of which each run has those that it has a use for:
 
     epoch, step       counted from 1
@@ -937,7 +939,6 @@ def end_epoch(run, step: int, lr: float, h: Tensor, model: Model) -> None:
     rank_h, rank_z    effective rank (RankMe) of the last batch's h and z, both views, 1 to their width
     spread_h, spread_z  their spread on the sphere: 0 where all are one, the collapse; at most 1
     offdiag           Frobenius norm of E, the off-diagonal entries of --predictor offdiag
-    moved             Frobenius norm of how far --predictor linear has moved from where it was drawn
     penalty, pruned   R(W) of the head's first layer, without lambda; the fraction of its input features with no weight
     seconds           of the epoch's steps since the run was started here, with checkpoints, without this line
     views_per_s       the views of those steps, two of each image, over these seconds
@@ -946,24 +947,24 @@ def end_epoch(run, step: int, lr: float, h: Tensor, model: Model) -> None:
     The first line has the command, args (with their defaults), images (their number), python, torch and torchvision
     (versions), threads, processes, device.
     """
-    args, values = run.args, torch.cat(run.seen)
+    args, g, q, values = run.args, run.parts["head"], run.parts["predictor"], torch.cat(run.seen)
     seconds = time.perf_counter() - run.epoch_began
     with torch.no_grad():
-        z = model.g.eval()(h)
-        model.g.train()
+        z = g.eval()(h)
+        g.train()
     h, z = projhead.gather(h), projhead.gather(z)
     if not (h.isfinite().all() and z.isfinite().all()):
         raise diverged("h or z is not finite", step, args)
     loss, inner = values.mean(dim=0).tolist()
-    line = {"epoch": step // run.per_epoch, "step": step, "loss": loss, "lr": lr,
+    line = {"epoch": step // run.per_epoch, "step": step, "loss": loss,
+            "lr": run.parts["theta"].param_groups[0]["lr"],
             "rank_h": projhead.effective_rank(h), "rank_z": projhead.effective_rank(z),
             "spread_h": projhead.spread(h), "spread_z": projhead.spread(z),
             "seconds": seconds, "views_per_s": len(h) * len(values) / seconds,
             "inner_loss": inner if args.inner_steps else None,
-            "offdiag": model.q.E.norm().item() if args.predictor == "offdiag" else None,
-            "moved": (model.q.weight - model.start[1].weight).norm().item() if args.predictor == "linear" else None,
-            "penalty": sparsity(model.g, args.sparsity_norm).item() if args.sparsity else None,
-            "pruned": projhead.fraction_pruned(model.g, h) if args.sparsity else None,
+            "offdiag": q.E.norm().item() if args.predictor == "offdiag" else None,
+            "penalty": sparsity(g, args.sparsity_norm).item() if args.sparsity else None,
+            "pruned": projhead.fraction_pruned(g, h) if args.sparsity else None,
             "memory": torch.cuda.max_memory_allocated(h.device) / 2**30 if h.is_cuda else None}
     line = {key: round(value, 6) for key, value in line.items() if value is not None}
     run.log.append(json.dumps(line))
