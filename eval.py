@@ -442,10 +442,14 @@ def measured(run: Run, probe: str, ks: list[int], dataset=None, data=None, insid
 
 def describe(run: Run) -> dict:
     """A run's line, before anything is measured: its arguments and what it logged up to its checkpoint."""
-    log = []
-    with contextlib.suppress(OSError, ValueError, AttributeError):          # no log, or not ours
-        lines = [json.loads(text) for text in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    file, log = run.path / "metrics.jsonl", []
+    try:
+        lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
         log = [line for line in lines if line.get("step", 0) <= run.step]   # a killed run has logged more
+    except (ValueError, AttributeError, TypeError):
+        note(f"warning: {file} is not what train.py writes: nothing of it is taken")
+    except OSError:                                                         # only checkpoint.pt was copied, say
+        pass
     return {"run": run.path.resolve().name, "step": run.step, "steps": run.steps, "images": run.images,
             "args": vars(run.args), "log": log}
 
@@ -458,9 +462,10 @@ def read_lines(files: list[str]) -> list[dict]:
             try:
                 line = json.loads(text)
                 key = json.dumps([line["run"], line["args"], line["images"]])
-                line["step"], line["steps"], line["log"]                                    # ours has these
-                [line["args"][flag] for flag in ("seed", "dataset", "encoder", "image_size", "called")]
-            except (ValueError, KeyError, TypeError):
+                line["step"], line["steps"], line["images"][0]                              # ours has these
+                [line["args"][flag] for flag in ("seed", "encoder", "image_size")]
+                identity(line), flags(line), values(line, inside=True)
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(f"{file}, line {i}: not what eval.py --json writes") from None
             found[key] = found.get(key, {}) | line
     return list(found.values())
@@ -751,7 +756,7 @@ def parse_args() -> argparse.Namespace:
         help="Where they lie. Default: where the run found its own, or data.")
     add("--device", default=train.default_device(), help="Default: torch's accelerator where there is one, else cpu.")
     add = p.add_mutually_exclusive_group().add_argument
-    add("--against", metavar="FLAGS", help="Differences from the row that has these flags, paired by seed.")
+    add("--against", metavar="LABEL", help="Differences from the row of this label, paired by seed.")
     add("--json", action="store_true", help="A line of JSON for each run in place of a table, with all columns.")
     add("--plot", type=train.path, metavar="SVG", help="A plot of two columns: h and z of each method.")
     add("--neighbors", type=train.path, metavar="PNG", help="A picture: test images, nearest training images.")
@@ -808,8 +813,8 @@ def main() -> None:
     refuse(not found, f"no line in {', '.join(files)}")
     kinds = sorted({args.dataset or line["args"]["dataset"] for line in lines})
     refuse(len(kinds) > 1 and not args.json,
-           f"the runs are of different data sets, {' and '.join(kinds)}: choose by --rows \"--dataset {kinds[-1]}\", "
-           "or name one to probe them all with by --dataset")
+           f"the runs are of different data sets, {' and '.join(kinds)}: choose by --rows \"--dataset {kinds[-1]}\""
+           + ", or name one to probe them all with by --dataset" * (not files))
     by_epoch = args.plot and args.columns and args.columns[0] == "epoch"
     probes = ["labels", "transform"] if args.json or args.columns else ["labels"]
     probes = [args.probe] if args.probe else probes

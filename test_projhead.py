@@ -1010,7 +1010,8 @@ def test_a_run_that_diverges_stops_and_one_that_cannot_learn_is_warned_of(monkey
     monkeypatch.setattr(train, "train_step", collapses)
     run("--head mlp --limit 9 --batch-size 2 --lr 0 --epochs 2", "collapsed")
     few, collapsed, _ = capsys.readouterr().err.splitlines()
-    assert few.startswith("warning: only 4 step(s)") and collapsed.startswith("warning: z has collapsed")
+    assert few.startswith("warning: only 4 step(s) an epoch, of 2 images")
+    assert collapsed.startswith("warning: z has collapsed")
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -1348,6 +1349,7 @@ def test_lines_that_do_not_hold_what_is_asked_and_some_rows(evaluated, capsys):
         one_line_error(lambda: evaluated(words), capsys, error, besides=("--head",))        # is not finished
     whole = json.dumps(one).encode()
     for content, error in ((b"", "no line in"), (b"3\n", "line 1"), (b'{"run": 1}', "line 1"),
+                           *((json.dumps(one | {"labels": rows}).encode(), "line 1") for rows in (None, [{"dim": 3}])),
                            (whole.replace(b'"seed"', b'"need"'), "line 1"), ("{}".encode("utf-16"), "line 1"),
                            (whole + b"\n" + whole[:99], "line 2")):
         Path("x.jsonl").write_bytes(content)
@@ -1552,9 +1554,13 @@ def test_checkpoints_of_other_commits(change, words, capsys):
     else:
         frozen = evaluation.load_run("run/checkpoint.pt")
         assert evaluation.describe(frozen)["log"] == log_of() != evaluation.describe(frozen._replace(step=3))["log"]
-        for junk in ("null", '"x"', "{"):               # and a log that is not ours is none
+        capsys.readouterr()
+        for junk in ("null", '"x"', "{", '{"step": "6"}'):              # a log that is not ours is none, as it says
             Path("run/metrics.jsonl").write_text(junk)
             assert evaluation.describe(frozen)["log"] == []
+            assert "warning: run/metrics.jsonl is not what" in capsys.readouterr().err
+        Path("run/metrics.jsonl").unlink()
+        assert evaluation.describe(frozen)["log"] == [] and not capsys.readouterr().err
         assert same_bits(frozen.encoder.state_dict(), checkpoint["encoder"]) and frozen.step == frozen.steps == 4
 
 
@@ -1629,7 +1635,7 @@ def test_the_first_test_part_with_labelled_images_is_taken(test, capsys):
     assert lines[1:] == ["warning: no labelled images of these classes in test"]
 
 
-def test_copies_are_not_there_and_what_is_odd_in_a_folder_is_said(capsys):
+def test_copies_are_not_there_and_what_is_odd_in_a_folder_is_said(monkeypatch, capsys):
     pictures("p", 40)
     clean, at = both_parts("p"), Path("p/.ipynb_checkpoints")
     for image in [*Path("p").rglob("*.png")]:           # of macOS, of a NAS, of an archive, of Jupyter
@@ -1655,6 +1661,9 @@ def test_copies_are_not_there_and_what_is_odd_in_a_folder_is_said(capsys):
                          "warning: no images in b: not taken as classes"]
     pictures("cut", 20, classes="a"), pictures("cut", 0, 4, classes="b")
     assert said("cut", capsys)[0][-1].startswith("warning: no image could be read of b")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "is_held_out", lambda _: False)
+        assert train.folder_parts(Path("types"))[-1][-1].startswith("warning: no images to test on")
     pictures("flat", 9, classes=[""]), pictures("loose", 9, classes=["", "a", "b"])
     assert "warning: no classes" in said("flat", capsys)[0][1]
     assert re.fullmatch("warning: [23] images to train on are in no class folder", said("loose", capsys)[0][1])
@@ -1774,6 +1783,8 @@ def test_a_bad_image_is_left_out_and_data_may_move(capsys):
     named = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert str(cut) in named[0] and str(dangling) in named[1] and named[2].startswith("left out 2 of ")
     assert torch.equal(images, torch.cat([whole[:3], whole[5:]])) and len(labels) == len(images)
+    both_parts("few")                                   # from the cache: it is said again
+    assert "left out 2 of " in capsys.readouterr().err
     assert run(SMALL + "few --image-size 16 --limit 20 --batch-size 4 --epochs 1", "ten may be bad")["images"][0] == 18
     pictures("many", 185, 15)
     for limit, error in ((150, "over 1 % of .* cannot be read, the last .*many/[ab]/1[89]"),

@@ -431,6 +431,7 @@ def folder_parts(root: Path) -> tuple[list, list, list[str], list[str]]:
         (len(classes) == 1, f"warning: one class, {listed(classes)}" + f": is {root} a level too high?" * (not test)),
         (strange, f"warning: in {test} are no classes of the training part, hence without a label: {listed(strange)}"),
         (unseen, f"warning: classes without a test image: {listed(unseen)}"),
+        (not testing, "warning: no images to test on: a fifth of so few may be none"),
         (like_parts, f"warning: classes that are named like parts: {listed(like_parts)}")) if applies]
 
 
@@ -501,9 +502,10 @@ def decoded(paths: list[str], size: int) -> tuple[Tensor, Tensor]:
                            f"over 1 % of {len(paths)} images cannot be read, the last {paths[i]}: {image}")
                 progress(start + len(part))
             new.write(readable)
-        if bad:
-            note(f"left out {bad} of {len(paths):,} images in all, which cannot be read")
-    return mapped(file, len(paths), size)
+    images, readable = mapped(file, len(paths), size)
+    if len(images) < len(paths):
+        note(f"left out {len(paths) - len(images)} of {len(paths):,} images in all, which cannot be read")
+    return images, readable
 
 
 def mapped(file: Path, count: int, size: int) -> tuple[Tensor, Tensor] | None:
@@ -828,7 +830,8 @@ def start_run(args, images: Tensor, model: Model, theta, phi, per_epoch: int, de
     say(f"{args.out}: {len(images)} images of {args.image_size} px, {args.encoder} in {args.precision} on {device}, "
         f"step {run.step} of {run.total}" + f", {world_size()} processes" * (world_size() > 1))
     if per_epoch < 10:
-        note(f"warning: only {per_epoch} step(s) an epoch, {run.total} in all: a smaller --batch-size makes more")
+        N = min(args.batch_size, len(images))
+        note(f"warning: only {per_epoch} step(s) an epoch, of {N} images: a smaller --batch-size makes more")
     run.epoch_began = time.perf_counter()
     return run
 
