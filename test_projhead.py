@@ -1759,14 +1759,14 @@ def test_paths_as_they_are_typed_and_shapes_as_they_are_drawn(monkeypatch, capsy
     for flag in ("--data", "--out"):
         one_line_error(lambda: train.parse_args(["--dataset=cifar10", flag, ""]), capsys, flag, "empty path")
     def dataset(root, train, download):
-        roots.append((root, download))                  # torchvision downloads only what is not there, whole
+        roots.append((root, download))
         return argparse.Namespace(data=torch.zeros(5, 32, 32, 3).byte().numpy(), targets=[*range(5)], classes=[])
     dataset.base_folder = "cifar-10-batches-py"
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", dataset)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", dataset), Path("d/cifar-10-batches-py").mkdir(parents=True)
     for root in ("d", "d/cifar-10-batches-py", "other"):
         images, labels, _ = train.load_dataset("cifar10", root, limit=3)
         assert images.shape == (3, 3, 32, 32) and labels.tolist() == [0, 1, 2]
-    assert roots == [(Path("d"), True), (Path("d"), True), (Path("other"), True)]
+    assert roots == [(Path("d"), False), (Path("d"), False), (Path("other"), True)]
     (a, labels), (b, _), (other, _) = (draw_shapes(64, seed) for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, other) and a.shape == (64, 3, 32, 32) and a.dtype == torch.uint8
     assert labels.shape == (64, 2) and labels[:, 0].unique().tolist() == list(range(8)) and labels[:, 1].max() == 5

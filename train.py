@@ -358,7 +358,7 @@ def load_dataset(name: str, root="data", train=True, size=64, limit: int | None 
     part = dict(split="train+unlabeled" if train else "test") if name == "stl10" else dict(train=train)
     root = Path(root).parent if Path(root).name == make.base_folder else Path(root)     # its own folder may be named
     try:
-        data = make(root, download=True, **part)        # only where it is not there, or not whole
+        data = make(root, download=not (root / make.base_folder).exists(), **part)      # and checks the files, once
     except Exception as e:                              # torchvision raises many kinds
         why = f"{type(e).__name__}: {e}".split("\n")[0]
         raise UserError(f"no whole {make.base_folder} in {root}, no download ({why}): name its folder by --data") from e
